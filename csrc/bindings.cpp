@@ -1,0 +1,329 @@
+// The only file that sees pybind11: checks every argument, drops the GIL, calls. Tensors cross as NumPy arrays that
+// share their memory; nothing is ever converted, since an output taken with a conversion would be written to a copy.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "memory.h"
+#include "pattern.h"
+
+namespace py = pybind11;
+
+namespace sparsebreg {
+namespace {
+
+std::string dtype_name(const py::array& a) { return py::str(static_cast<py::handle>(a.dtype())); }
+
+[[noreturn]] void refuse(const char* name, const std::string& wanted, const std::string& got) {
+  throw py::value_error(std::string(name) + ": expected " + wanted + ", got " + got);
+}
+
+void check(const char* name, const py::array& a, const py::dtype& dtype, int64_t size, bool writable) {
+  if (!a.dtype().is(dtype) && !a.dtype().equal(dtype))
+    throw py::type_error(std::string(name) + ": expected dtype " + std::string(py::str(static_cast<py::handle>(dtype))) +
+                         ", got " + dtype_name(a));
+  if (!(a.flags() & py::array::c_style)) refuse(name, "a C-contiguous array", "a strided one");
+  if (int64_t(a.size()) != size) refuse(name, std::to_string(size) + " elements", std::to_string(a.size()));
+  if (writable && !a.writeable()) refuse(name, "a writable array", "a read-only one");
+}
+
+template <class T>
+T* out(const char* name, py::array& a, int64_t size) {
+  check(name, a, py::dtype::of<T>(), size, true);
+  return static_cast<T*>(a.mutable_data());
+}
+
+template <class T>
+const T* in(const char* name, const py::array& a, int64_t size) {
+  check(name, a, py::dtype::of<T>(), size, false);
+  return static_cast<const T*>(a.data());
+}
+
+using Maybe = std::optional<py::array>;
+
+template <class T>
+T* maybe_out(const char* name, Maybe& a, int64_t size) {
+  return a ? out<T>(name, *a, size) : nullptr;
+}
+
+template <class T>
+const T* maybe_in(const char* name, const Maybe& a, int64_t size) {
+  return a ? in<T>(name, *a, size) : nullptr;
+}
+
+int check_threads(int threads) {
+  if (threads < 1) refuse("threads", "at least 1", std::to_string(threads));
+  return threads;
+}
+
+// A validated index. The arrays are copied, so that nothing a caller does to them later reaches a kernel.
+class NativeIndex {
+ public:
+  NativeIndex(int64_t rows, int64_t cols, const py::array& rowptr, const py::array& col, const py::array& colptr,
+              const py::array& row, const py::array& csc_to_csr) {
+    if (rows < 0 || cols < 0 || rows > INT32_MAX || cols > INT32_MAX)
+      refuse("shape", "sizes from 0 to 2147483647", std::to_string(rows) + " x " + std::to_string(cols));
+    const int64_t nnz = col.size();
+    if (nnz > INT32_MAX) refuse("col", "at most 2147483647 nonzeros", std::to_string(nnz));
+    auto copy = [this](const int32_t* from, int64_t count) {
+      const size_t at = storage_.size();
+      storage_.insert(storage_.end(), from, from + count);
+      return at;
+    };
+    storage_.reserve(size_t(rows + cols + 2 + 3 * nnz));
+    const size_t a = copy(in<int32_t>("rowptr", rowptr, rows + 1), rows + 1);
+    const size_t b = copy(in<int32_t>("col", col, nnz), nnz);
+    const size_t c = copy(in<int32_t>("colptr", colptr, cols + 1), cols + 1);
+    const size_t d = copy(in<int32_t>("row", row, nnz), nnz);
+    const size_t e = copy(in<int32_t>("csc_to_csr", csc_to_csr, nnz), nnz);
+    const int32_t* s = storage_.data();
+    index = Index{rows, cols, nnz, s + a, s + b, s + c, s + d, s + e};
+    const char* wrong = check_index(rows, cols, nnz, index.rowptr, index.col, index.colptr, index.row, index.csc_to_csr);
+    if (wrong) throw py::value_error(wrong);
+  }
+
+  Index index;
+
+ private:
+  std::vector<int32_t> storage_;
+};
+
+int64_t padded(int64_t N, Layout layout) { return layout == Layout::plain ? N : (N + LANES - 1) / LANES * LANES; }
+
+// Tiny work runs on the calling thread: a parallel region costs a few microseconds.
+int team(int threads, int64_t multiply_adds) { return multiply_adds < 40000 ? 1 : check_threads(threads); }
+
+template <class F>
+void for_dtype(const py::array& values, F f) {
+  if (values.dtype().is(py::dtype::of<float>())) return f(float(0));
+  if (values.dtype().is(py::dtype::of<double>())) return f(double(0));
+  throw py::type_error("values: expected dtype float32 or float64, got " + dtype_name(values));
+}
+
+template <class T>
+const Kernels<T>& kernels_of();
+template <>
+const Kernels<float>& kernels_of<float>() {
+  return active_table().f32;
+}
+template <>
+const Kernels<double>& kernels_of<double>() {
+  return active_table().f64;
+}
+
+void check_batch(int64_t N) {
+  if (N < 0) refuse("N", "at least 0", std::to_string(N));
+}
+
+void linear_forward(const NativeIndex& pattern, int64_t N, const py::array& x, bool x_lanes, const py::array& values,
+                    const Maybe& bias, py::array y, bool y_lanes, int threads) {
+  check_batch(N);
+  for_dtype(values, [&](auto zero) {
+    using T = decltype(zero);
+    const Index& ix = pattern.index;
+    LinearArgs<T> a{};
+    a.index = ix;
+    a.N = N;
+    a.x_layout = x_lanes ? Layout::lanes : Layout::plain;
+    a.y_layout = y_lanes ? Layout::lanes : Layout::plain;
+    a.values = in<T>("values", values, ix.nnz);
+    a.bias = maybe_in<T>("bias", bias, ix.rows);
+    a.x = in<T>("x", x, padded(N, a.x_layout) * ix.cols);
+    a.y = out<T>("y", y, padded(N, a.y_layout) * ix.rows);
+    a.threads = team(threads, N * (ix.nnz + ix.rows + ix.cols));
+    py::gil_scoped_release nogil;
+    kernels_of<T>().linear_forward(a);
+  });
+}
+
+void linear_backward(const NativeIndex& pattern, int64_t N, const py::array& grad_y, bool y_lanes, const Maybe& x,
+                     bool x_lanes, const py::array& values, Maybe grad_x, Maybe grad_values, Maybe grad_bias,
+                     int threads) {
+  check_batch(N);
+  for_dtype(values, [&](auto zero) {
+    using T = decltype(zero);
+    const Index& ix = pattern.index;
+    LinearArgs<T> a{};
+    a.index = ix;
+    a.N = N;
+    a.x_layout = x_lanes ? Layout::lanes : Layout::plain;
+    a.y_layout = y_lanes ? Layout::lanes : Layout::plain;
+    a.values = in<T>("values", values, ix.nnz);
+    a.grad_y = in<T>("grad_y", grad_y, padded(N, a.y_layout) * ix.rows);
+    a.x = maybe_in<T>("x", x, padded(N, a.x_layout) * ix.cols);
+    a.grad_x = maybe_out<T>("grad_x", grad_x, padded(N, a.x_layout) * ix.cols);
+    a.grad_values = maybe_out<T>("grad_values", grad_values, ix.nnz);
+    a.grad_bias = maybe_out<T>("grad_bias", grad_bias, ix.rows);
+    if (a.grad_values && !a.x) refuse("x", "the input of the layer, for grad_values", "None");
+    a.threads = team(threads, N * (ix.nnz + ix.rows + ix.cols));
+    py::gil_scoped_release nogil;
+    kernels_of<T>().linear_backward(a);
+  });
+}
+
+
+template <class T>
+ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, bool x_lanes,
+                      bool y_lanes) {
+  check_batch(N);
+  if (geometry.size() != 13)
+    refuse("geometry", "(IC, H, W, OC, KH, KW, SH, SW, PH, PW, DH, DW, G)", std::to_string(geometry.size()) + " numbers");
+  ConvArgs<T> a{};
+  a.index = pattern.index;
+  a.N = N;
+  int* const fields[] = {&a.IC, &a.H, &a.W, &a.OC, &a.KH, &a.KW, &a.SH, &a.SW, &a.PH, &a.PW, &a.DH, &a.DW, &a.G};
+  for (int i = 0; i < 13; ++i) *fields[i] = geometry[size_t(i)];
+  const int lower[] = {1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1};
+  for (int i = 0; i < 13; ++i)
+    if (geometry[size_t(i)] < lower[i])
+      refuse("geometry", "sizes, strides and dilations of at least 1", std::to_string(geometry[size_t(i)]));
+  if (a.IC % a.G || a.OC % a.G) refuse("geometry", "channels divisible by groups", std::to_string(a.G) + " groups");
+  const int64_t reach_y = int64_t(a.DH) * (a.KH - 1), reach_x = int64_t(a.DW) * (a.KW - 1);
+  const int64_t oh = a.H + 2 * int64_t(a.PH) - reach_y - 1, ow = a.W + 2 * int64_t(a.PW) - reach_x - 1;
+  if (oh < 0 || ow < 0)
+    refuse("x", "an image at least as large as the kernel", std::to_string(a.H) + " x " + std::to_string(a.W));
+  a.OH = int(oh / a.SH + 1);
+  a.OW = int(ow / a.SW + 1);
+  if (a.index.rows != a.OC || a.index.cols != int64_t(a.IC / a.G) * a.KH * a.KW)
+    refuse("geometry", "channels and kernel size of the pattern's shape", "others");
+  // Offsets inside a band are int32. A band is at least a tile high; bound it from above.
+  const int64_t high = std::max(a.H, a.OH) + reach_y + 2 * int64_t(a.PH) + 8, wide = a.W + a.OW + 2 * int64_t(a.PW) + reach_x + 32;
+  const int64_t band_rows = std::min<int64_t>(high, reach_y + 8 + (int64_t(1) << 20) / (wide * LANES * 4) + 8);
+  if (double(std::max(a.IC, a.OC)) * a.SH * a.SW * double(band_rows) * double(wide) * LANES > 2147483647.0)
+    refuse("x", "a band of rows of less than 2**31 elements", "a larger image");
+  a.x_layout = x_lanes ? Layout::lanes : Layout::plain;
+  a.y_layout = y_lanes ? Layout::lanes : Layout::plain;
+  return a;
+}
+
+template <class T>
+int64_t conv_work(const ConvArgs<T>& a) {
+  return a.N * a.OH * a.OW * (a.index.nnz + a.OC + a.IC);
+}
+
+void conv2d_forward(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, const py::array& x,
+                    bool x_lanes, const py::array& values, const Maybe& bias, py::array y, bool y_lanes, int threads) {
+  for_dtype(values, [&](auto zero) {
+    using T = decltype(zero);
+    ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_lanes, y_lanes);
+    a.values = in<T>("values", values, a.index.nnz);
+    a.bias = maybe_in<T>("bias", bias, a.OC);
+    a.x = in<T>("x", x, padded(N, a.x_layout) * a.IC * a.H * a.W);
+    a.y = out<T>("y", y, padded(N, a.y_layout) * a.OC * a.OH * a.OW);
+    a.threads = team(threads, conv_work(a));
+    py::gil_scoped_release nogil;
+    kernels_of<T>().conv2d_forward(a);
+  });
+}
+
+void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, const py::array& grad_y,
+                     bool y_lanes, const Maybe& x, bool x_lanes, const py::array& values, Maybe grad_x,
+                     Maybe grad_values, Maybe grad_bias, int threads) {
+  for_dtype(values, [&](auto zero) {
+    using T = decltype(zero);
+    ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_lanes, y_lanes);
+    a.values = in<T>("values", values, a.index.nnz);
+    a.grad_y = in<T>("grad_y", grad_y, padded(N, a.y_layout) * a.OC * a.OH * a.OW);
+    a.x = maybe_in<T>("x", x, padded(N, a.x_layout) * a.IC * a.H * a.W);
+    a.grad_x = maybe_out<T>("grad_x", grad_x, padded(N, a.x_layout) * a.IC * a.H * a.W);
+    a.grad_values = maybe_out<T>("grad_values", grad_values, a.index.nnz);
+    a.grad_bias = maybe_out<T>("grad_bias", grad_bias, a.OC);
+    if (a.grad_values && !a.x) refuse("x", "the input of the layer, for grad_values", "None");
+    a.threads = team(threads, conv_work(a));
+    py::gil_scoped_release nogil;
+    kernels_of<T>().conv2d_backward(a);
+  });
+}
+
+void repack(bool packing, int64_t N, int64_t C, int64_t P, const py::array& src, py::array dst, int threads) {
+  check_batch(N);
+  for_dtype(src, [&](auto zero) {
+    using T = decltype(zero);
+    const Layout from = packing ? Layout::plain : Layout::lanes, to = packing ? Layout::lanes : Layout::plain;
+    PackArgs<T> a{N, C, P, in<T>("src", src, padded(N, from) * C * P), out<T>("dst", dst, padded(N, to) * C * P),
+                  team(threads, N * C * P)};
+    py::gil_scoped_release nogil;
+    (packing ? kernels_of<T>().pack : kernels_of<T>().unpack)(a);
+  });
+}
+
+py::tuple csr_from_mask(const py::array& mask, int threads) {
+  if (mask.ndim() != 2) refuse("mask", "two dimensions", std::to_string(mask.ndim()));
+  const int64_t rows = mask.shape(0), cols = mask.shape(1);
+  if (cols > INT32_MAX || rows > INT32_MAX) refuse("mask", "sizes below 2**31", std::to_string(std::max(rows, cols)));
+  const bool* m = in<bool>("mask", mask, rows * cols);
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(m);
+  py::array_t<int32_t> rowptr(rows + 1);
+  const int t = team(threads, rows * cols);
+  const int64_t nnz = count_rows(bytes, rows, cols, rowptr.mutable_data(), t);
+  if (nnz < 0) refuse("mask", "at most 2147483647 nonzeros", "more");
+  py::array_t<int32_t> col(nnz);
+  fill_columns(bytes, rows, cols, rowptr.data(), col.mutable_data(), t);
+  return py::make_tuple(rowptr, col);
+}
+
+// rowptr and col are checked by the NativeIndex made of the result; here only what keeps memory safe.
+py::tuple transpose(int64_t rows, int64_t cols, const py::array& rowptr, const py::array& col) {
+  const int32_t* ptr = in<int32_t>("rowptr", rowptr, rows + 1);
+  const int32_t* index = in<int32_t>("col", col, col.size());
+  const int64_t nnz = col.size();
+  if (ptr[0] != 0 || ptr[rows] != nnz) refuse("rowptr", "0 to the number of nonzeros", "another range");
+  for (int64_t r = 0; r < rows; ++r)
+    if (ptr[r + 1] < ptr[r]) refuse("rowptr", "values that never fall", "falling ones");
+  for (int64_t k = 0; k < nnz; ++k)
+    if (index[k] < 0 || index[k] >= cols) refuse("col", "indices inside the matrix", std::to_string(index[k]));
+  py::array_t<int32_t> colptr(cols + 1), row(nnz), order(nnz);
+  transpose_index(rows, cols, ptr, index, colptr.mutable_data(), row.mutable_data(), order.mutable_data());
+  return py::make_tuple(colptr, row, order);
+}
+
+void gather_values(const NativeIndex& pattern, const py::array& dense, py::array values, int threads) {
+  for_dtype(dense, [&](auto zero) {
+    using T = decltype(zero);
+    const Index& ix = pattern.index;
+    const T* d = in<T>("dense", dense, ix.rows * ix.cols);
+    T* v = out<T>("values", values, ix.nnz);
+    gather<T>(d, ix.rows, ix.cols, ix.rowptr, ix.col, v, team(threads, ix.nnz));
+  });
+}
+
+void scatter_values(const NativeIndex& pattern, const py::array& values, py::array dense, int threads) {
+  for_dtype(values, [&](auto zero) {
+    using T = decltype(zero);
+    const Index& ix = pattern.index;
+    const T* v = in<T>("values", values, ix.nnz);
+    T* d = out<T>("dense", dense, ix.rows * ix.cols);
+    scatter<T>(v, ix.rows, ix.cols, ix.rowptr, ix.col, d, team(threads, ix.nnz));
+  });
+}
+
+}  // namespace
+}  // namespace sparsebreg
+
+PYBIND11_MODULE(_C, m) {
+  using namespace sparsebreg;
+  m.doc() = "Native kernels of sparsebreg. Not a public interface: see sparsebreg.functional.";
+  m.attr("LANES") = LANES;
+  py::class_<NativeIndex>(m, "Index")
+      .def(py::init<int64_t, int64_t, const py::array&, const py::array&, const py::array&, const py::array&,
+                    const py::array&>());
+  m.def("isa", [] { return active_table().isa; });
+  m.def("available_isas", &available_isas);
+  m.def("select_isa", &select_isa);
+  m.def("linear_forward", &linear_forward);
+  m.def("linear_backward", &linear_backward);
+  m.def("conv2d_forward", &conv2d_forward);
+  m.def("conv2d_backward", &conv2d_backward);
+  m.def("repack", &repack);
+  m.def("csr_from_mask", &csr_from_mask);
+  m.def("transpose", &transpose);
+  m.def("gather", &gather_values);
+  m.def("scatter", &scatter_values);
+  m.def("release_scratch", &release_scratch);
+}

@@ -1,0 +1,15 @@
+#if defined(__x86_64__)
+#include "isa/common.h"
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,prefer-vector-width=512")
+#define SB_VECTOR_BYTES 64
+#define SB_WIDE_FILE  // 32 vector registers
+namespace sparsebreg {
+namespace avx512 {
+#include "isa/kernels.inc"
+}  // namespace avx512
+extern const Table avx512_table;
+const Table avx512_table{"avx512", avx512::kernels<float>(), avx512::kernels<double>()};
+}  // namespace sparsebreg
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,12 @@
+// Everything the kernels need from outside, included before an instruction set's target pragma: what is declared after
+// the pragma would be compiled for that set, and an inline function shared with the baseline must never be.
+#pragma once
+
+#include <omp.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "kernels/table.h"
+#include "memory.h"

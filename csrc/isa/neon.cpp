@@ -1,0 +1,13 @@
+#if defined(__aarch64__)
+#include "isa/common.h"
+
+#define SB_VECTOR_BYTES 16
+#define SB_WIDE_FILE  // 32 vector registers
+namespace sparsebreg {
+namespace neon {
+#include "isa/kernels.inc"
+}  // namespace neon
+extern const Table neon_table;
+const Table neon_table{"neon", neon::kernels<float>(), neon::kernels<double>()};
+}  // namespace sparsebreg
+#endif

@@ -1,0 +1,541 @@
+// Sparse 2-D convolution. Included inside an instruction set's namespace; no include guard.
+//
+// Every product is a stencil over a *band*: a few rows of the source, copied once into a thread's scratch in the lane
+// layout with its zero border and, for strides above one, with rows and columns sorted by their phase. In the band a
+// nonzero is a single offset and every load is aligned and contiguous; borders, strides and dilation cost no branch.
+
+struct Band {
+  int C, H, W;           // the source image
+  int SY, SX;            // source stride between neighbouring destinations
+  int OY, OX;            // source row = (row + q) * SY + ry[p] + OY
+  int NY, NX;            // phases in use
+  int* ry;
+  int* rx;
+  int rows, RB, CB;      // destination rows a band serves; rows and columns of the band for one phase
+  int64_t channel;       // elements between channels
+};
+
+// Copies band rows of `C` channels of image block `nb` whose first destination row is `row0`.
+template <class T>
+void fill_band(const Band& b, const T* data, Layout layout, int64_t N, int64_t nb, int row0, int c0, int c1, T* band,
+               T* line) {
+  const int images = int(least<int64_t>(LANES, N - nb * LANES));
+  const int64_t plane = int64_t(b.H) * b.W, image = int64_t(b.C) * plane;
+  const T* src = data + nb * LANES * image;
+  const bool direct = layout == Layout::plain && b.SX == 1 && b.W % Vec<T>::n == 0;
+  // Source rows touched by this band; packed in one go per channel where the row pitch of the band does not allow
+  // packing straight into place.
+  const int first = most(0, row0 * b.SY + b.OY);
+  const int last = least(b.H, (row0 + b.RB - 1) * b.SY + b.OY + b.SY);
+  for (int c = c0; c < c1; ++c) {
+    const T* from = line;
+    ptrdiff_t origin = first;
+    if (layout == Layout::lanes) {
+      from = src + c * plane * LANES;
+      origin = 0;
+    } else if (!direct && last > first) {
+      pack_rows(src + c * plane + int64_t(first) * b.W, image, images, int64_t(last - first) * b.W, line, LANES);
+    }
+    for (int py = 0; py < b.NY; ++py)
+      for (int px = 0; px < b.NX; ++px) {
+        T* plane_dst = band + c * b.channel + int64_t(py * b.NX + px) * b.RB * b.CB * LANES;
+        // Columns [m0, m1) of the band lie inside the source.
+        const int x0 = b.rx[px] + b.OX;
+        const int m0 = x0 >= 0 ? 0 : least(b.CB, int(div_up(-x0, b.SX)));
+        const int m1 = most(m0, least(b.CB, x0 >= b.W ? 0 : int(div_up(b.W - x0, b.SX))));
+        for (int q = 0; q < b.RB; ++q) {
+          T* dst = plane_dst + int64_t(q) * b.CB * LANES;
+          const int iy = (row0 + q) * b.SY + b.ry[py] + b.OY;
+          if (iy < 0 || iy >= b.H) {
+            clear(dst, int64_t(b.CB) * LANES);
+            continue;
+          }
+          clear(dst, int64_t(m0) * LANES);
+          clear(dst + int64_t(m1) * LANES, int64_t(b.CB - m1) * LANES);
+          const int ix = x0 + m0 * b.SX;
+          if (direct)
+            pack_rows(src + c * plane + int64_t(iy) * b.W + ix, image, images, m1 - m0, dst + m0 * LANES, LANES);
+          else
+            copy_lanes(from + ((iy - origin) * b.W + ix) * LANES, ptrdiff_t(b.SX) * LANES,
+                       layout == Layout::lanes ? images : LANES, m1 - m0, dst + m0 * LANES);
+        }
+      }
+  }
+}
+
+struct Tile {
+  int TR, TC;
+};
+
+// Fewest passes over the nonzeros first, then the squarer tile: its window holds fewer lines per channel.
+SB_INLINE Tile choose_tile(int H, int W) {
+  Tile best{1, 1};
+  double least_cost = 1e30;
+  const int heights[] = {1, 2, 4};
+  for (int h : heights) {
+    if (h > H && h > 1) continue;
+    for (int w = 1; w <= MAX_TILE / h && w <= W; ++w) {
+      const double tiles = double(div_up(H, h)) * double(div_up(W, w));
+      const double cost = tiles * (h * w + 3 + 0.15 * (h + 2) * (w + 2));
+      if (cost < least_cost) {
+        least_cost = cost;
+        best = Tile{h, w};
+      }
+    }
+  }
+  return best;
+}
+
+// How many channels a pass over the nonzeros covers, so that what it reads stays in the first-level cache, as long as
+// a pass still has a few nonzeros per row: each pass reloads and stores the sums.
+SB_INLINE int choose_chunks(double nnz_per_row, int channels, double bytes_per_channel) {
+  const double L1 = 36 << 10, FEW = 6;
+  int chunks = int(bytes_per_channel * channels / L1 + 0.999);
+  const int bound = int(nnz_per_row / FEW);
+  if (chunks > bound) chunks = bound;
+  return most(1, least(chunks, channels));
+}
+
+// The nonzeros as a stencil: for destination channel d and source chunk h, entries
+// [ptr[d*chunks + h], ptr[d*chunks + h + 1]) of offset.
+struct Stencil {
+  int chunks;
+  int32_t* ptr;
+  int32_t* offset;
+};
+
+template <class T>
+struct ConvShape {
+  Tile tile;
+  Band band;
+  Stencil stencil;
+};
+
+SB_INLINE int band_rows(int64_t bytes_per_row, int reach, int TR, int H, int64_t out_bytes_per_row) {
+  const int64_t budget = int64_t(1) << 20;
+  int64_t rows = (budget - bytes_per_row * reach) / (bytes_per_row + out_bytes_per_row);
+  rows = rows / TR * TR;
+  rows = most<int64_t>(rows, TR);
+  // Bands of equal height: no band of a row or two at the end.
+  const int64_t count = div_up(H, rows);
+  return int(div_up(div_up(H, count), TR) * TR);
+}
+
+// Phases of one axis for reading x: tap k reads source i*S + k*D - P = (i + q) * S + r - P, q = k*D / S, r = k*D % S.
+SB_INLINE int axis_phases(int K, int S, int D, int* r, int* phase_of, int* q_of, int* reach) {
+  int used = 0;
+  *reach = 0;
+  for (int k = 0; k < K; ++k) {
+    const int rest = k * D % S;
+    int p = 0;
+    while (p < used && r[p] != rest) ++p;
+    if (p == used) r[used++] = rest;
+    phase_of[k] = p;
+    q_of[k] = k * D / S;
+    *reach = most(*reach, q_of[k]);
+  }
+  return used;
+}
+
+// Forward-shaped problem: band of x, one destination phase, nonzeros in CSR order. `pad` more columns for tiles that
+// stick out on the right and below.
+template <class T>
+ConvShape<T> forward_shape(const ConvArgs<T>& a, int64_t out_bytes_per_row, bool overhang) {
+  ConvShape<T> s;
+  s.tile = choose_tile(a.OH, a.OW);
+  const Index& ix = a.index;
+  const int KK = a.KH * a.KW, ICg = a.IC / a.G, OCg = a.OC / a.G;
+  const int cols = ICg * KK;
+  // One block: axis tables, then the stencil.
+  const int64_t axis = 3 * int64_t(a.KH) + 3 * int64_t(a.KW);
+  Band& b = s.band;
+  int reach_y, reach_x;
+  const int64_t bytes_first = axis + cols;
+  const int max_chunks = most(1, int(ix.nnz / most<int64_t>(1, ix.rows) / 2 + 1));
+  int32_t* mem = scratch<int32_t>(slot_plan, bytes_first + ix.nnz + ix.rows * int64_t(least(max_chunks, ICg)) + 1);
+  b.ry = mem;
+  int* phase_y = b.ry + a.KH;
+  int* q_y = phase_y + a.KH;
+  b.rx = q_y + a.KH;
+  int* phase_x = b.rx + a.KW;
+  int* q_x = phase_x + a.KW;
+  int32_t* table = q_x + a.KW;
+  s.stencil.offset = table + cols;
+  s.stencil.ptr = s.stencil.offset + ix.nnz;
+  b.NY = axis_phases(a.KH, a.SH, a.DH, b.ry, phase_y, q_y, &reach_y);
+  b.NX = axis_phases(a.KW, a.SW, a.DW, b.rx, phase_x, q_x, &reach_x);
+  b.C = a.IC, b.H = a.H, b.W = a.W, b.SY = a.SH, b.SX = a.SW, b.OY = -a.PH, b.OX = -a.PW;
+  const int width = overhang ? int(div_up(a.OW, s.tile.TC)) * s.tile.TC : a.OW;
+  b.CB = width + reach_x;
+  const int64_t row_bytes = int64_t(a.IC) * b.NY * b.NX * b.CB * LANES * sizeof(T);
+  b.rows = band_rows(row_bytes, reach_y, s.tile.TR, a.OH, out_bytes_per_row);
+  b.RB = b.rows + reach_y;
+  b.channel = int64_t(b.NY) * b.NX * b.RB * b.CB * LANES;
+  for (int c = 0, j = 0; c < ICg; ++c)
+    for (int ky = 0; ky < a.KH; ++ky)
+      for (int kx = 0; kx < a.KW; ++kx, ++j)
+        table[j] = int32_t(c * b.channel +
+                           ((int64_t(phase_y[ky] * b.NX + phase_x[kx]) * b.RB + q_y[ky]) * b.CB + q_x[kx]) * LANES);
+  const double window =
+      double(b.NY) * b.NX * (s.tile.TR + reach_y) * (s.tile.TC + reach_x) * LANES * sizeof(T);
+  const int chunks = least(
+      max_chunks, choose_chunks(double(ix.nnz) / double(most<int64_t>(1, ix.rows)), ICg, window));
+  s.stencil.chunks = chunks;
+  const int per_chunk = int(div_up(ICg, chunks)) * KK;
+  for (int64_t r = 0; r < ix.rows; ++r) {
+    int32_t k = ix.rowptr[r];
+    const int32_t end = ix.rowptr[r + 1];
+    const int32_t base = int32_t(r / OCg * ICg * b.channel);
+    for (int h = 0; h < chunks; ++h) {
+      s.stencil.ptr[r * chunks + h] = k;
+      const int32_t bound = h + 1 == chunks ? cols : (h + 1) * per_chunk;
+      for (; k < end && ix.col[k] < bound; ++k) s.stencil.offset[k] = base + table[ix.col[k]];
+    }
+  }
+  s.stencil.ptr[ix.rows * chunks] = int32_t(ix.nnz);
+  return s;
+}
+
+// Splits `rows` into `parts` of about equal nonzeros; start of part p.
+SB_INLINE int64_t part_start(const int32_t* ptr, int64_t step, int64_t rows, int parts, int p) {
+  if (p <= 0) return 0;
+  if (p >= parts) return rows;
+  const double total = double(ptr[rows * step]) + rows;
+  const double want = total * p / parts;
+  int64_t lo = 0, hi = rows;
+  while (lo < hi) {
+    const int64_t mid = (lo + hi) / 2;
+    if (double(ptr[mid * step]) + mid < want) lo = mid + 1;
+    else hi = mid;
+  }
+  return lo;
+}
+
+SB_INLINE int split_channels(int64_t tasks, int threads, int64_t channels) {
+  if (tasks >= 2 * int64_t(threads) || threads == 1) return 1;
+  return int(least<int64_t>(div_up(2 * int64_t(threads), tasks), most<int64_t>(1, channels / 8)));
+}
+
+// y[n][oc] = bias[oc] + sum over active (ic, ky, kx) of value * x[n][ic][oy*SH + ky*DH - PH][ox*SW + kx*DW - PW].
+template <class T>
+void conv2d_forward(const ConvArgs<T>& a) {
+  if (a.N == 0 || a.OH == 0 || a.OW == 0) return;
+  const bool plain = a.y_layout == Layout::plain;
+  const ConvShape<T> s = forward_shape(a, plain ? int64_t(a.OC) * a.OW * LANES * sizeof(T) : 0, false);
+  const Band& b = s.band;
+  const Stencil& st = s.stencil;
+  const GatherFn<T> fn = gather_fn<T>(s.tile.TR, s.tile.TC);
+  const int64_t blocks = div_up(a.N, LANES), bands = div_up(a.OH, b.rows);
+  const int parts = split_channels(blocks * bands, a.threads, a.OC);
+  const int64_t plane = int64_t(a.OH) * a.OW;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  {
+    T* band = scratch<T>(slot_source, b.C * b.channel + int64_t(b.RB * b.SY + b.SY) * a.W * LANES);
+    T* line = band + b.C * b.channel;
+    T* out = plain ? scratch<T>(slot_dest, int64_t(a.OC) * b.rows * a.OW * LANES) : nullptr;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < blocks * bands * parts; ++task) {
+      const int part = int(task % parts);
+      const int row0 = int(task / parts % bands) * b.rows;
+      const int64_t nb = task / parts / bands;
+      const int rows = least(b.rows, a.OH - row0);
+      const int64_t r0 = part_start(st.ptr, st.chunks, a.OC, parts, part);
+      const int64_t r1 = part_start(st.ptr, st.chunks, a.OC, parts, part + 1);
+      if (r0 == r1) continue;
+      const int OCg = a.OC / a.G, ICg = a.IC / a.G;
+      fill_band(b, a.x, a.x_layout, a.N, nb, row0, int(r0 / OCg) * ICg, int((r1 - 1) / OCg + 1) * ICg, band, line);
+      GatherTile<T> t;
+      t.src_row = int64_t(b.CB) * LANES;
+      t.offset = st.offset;
+      t.value = a.values;
+      t.ptr_step = st.chunks;
+      t.r0 = r0, t.r1 = r1;
+      t.bias = a.bias ? a.bias + r0 : nullptr;
+      T* dst = plain ? out : a.y + ((nb * a.OC + r0) * plane + int64_t(row0) * a.OW) * LANES;
+      t.dst_channel = (plain ? int64_t(rows) * a.OW : plane) * LANES;
+      t.dst_row = int64_t(a.OW) * LANES;
+      t.dst_col = LANES;
+      const bool tall = rows >= s.tile.TR;
+      const GatherFn<T> f = tall ? fn : gather_fn<T>(1, s.tile.TC);
+      const int TR = tall ? s.tile.TR : 1;
+      for (int y = 0; y < rows; y += TR) {
+        const int yy = least(y, rows - TR);  // the last tile overlaps its neighbour instead of sticking out
+        for (int x = 0; x < a.OW; x += s.tile.TC) {
+          const int xx = least(x, a.OW - s.tile.TC);
+          t.src = band + (int64_t(yy) * b.CB + xx) * LANES;
+          t.dst = dst + (int64_t(yy) * a.OW + xx) * LANES;
+          for (int h = 0; h < st.chunks; ++h) {
+            t.begin = st.ptr + h;
+            t.end = st.ptr + h + 1;
+            t.accumulate = h > 0;
+            f(t);
+          }
+        }
+      }
+      if (plain) {
+        const int images = int(least<int64_t>(LANES, a.N - nb * LANES));
+        for (int64_t r = r0; r < r1; ++r)
+          unpack_rows(out + (r - r0) * t.dst_channel, LANES, int64_t(rows) * a.OW,
+                      a.y + (nb * LANES * a.OC + r) * plane + int64_t(row0) * a.OW, a.OC * plane, images);
+      }
+    }
+  }
+}
+
+SB_INLINE int floor_div(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+// grad_x[n][ic][iy][ix] = sum over active (oc, ky, kx) with iy + PH - ky*DH = oy*SH, ... of value * grad_y[n][oc][oy][ox].
+// With strides the destination splits into SH*SW phases; a nonzero belongs to exactly one of them.
+template <class T>
+void conv2d_grad_x(const ConvArgs<T>& a) {
+  if (a.N == 0 || a.H == 0 || a.W == 0) return;
+  const Index& ix = a.index;
+  const bool plain = a.x_layout == Layout::plain;
+  const int KK = a.KH * a.KW, ICg = a.IC / a.G, OCg = a.OC / a.G;
+  const int phases = a.SH * a.SW;
+  // Per tap: phase of the destination and shift of the source. iy = j*SH + p, p = (k*D - P) mod S, oy = j + e.
+  int64_t taps = a.KH + a.KW;
+  const int JH = int(div_up(a.H, a.SH)), JW = int(div_up(a.W, a.SW));  // largest phase image
+  const Tile tile = choose_tile(most(1, a.H / a.SH), most(1, a.W / a.SW));
+  const double per_row = double(ix.nnz) / (double(a.IC) * phases);
+  const int max_chunks = most(1, int(per_row / 2) + 1);
+  const int64_t lists = int64_t(a.IC) * phases * least(max_chunks, OCg);
+  int32_t* mem = scratch<int32_t>(slot_plan, 2 * taps + 2 + ix.nnz + lists + 2);
+  int* p_y = mem;
+  int* e_y = p_y + a.KH;
+  int* p_x = e_y + a.KH;
+  int* e_x = p_x + a.KW;
+  Band b;
+  b.ry = e_x + a.KW;
+  b.rx = b.ry + 1;
+  b.ry[0] = b.rx[0] = 0;
+  int ymin = 1 << 30, ymax = -(1 << 30), xmin = 1 << 30, xmax = -(1 << 30);
+  for (int k = 0; k < a.KH; ++k) {
+    const int d = k * a.DH - a.PH;
+    p_y[k] = d - floor_div(d, a.SH) * a.SH;
+    e_y[k] = (p_y[k] - d) / a.SH;
+    ymin = least(ymin, e_y[k]), ymax = most(ymax, e_y[k]);
+  }
+  for (int k = 0; k < a.KW; ++k) {
+    const int d = k * a.DW - a.PW;
+    p_x[k] = d - floor_div(d, a.SW) * a.SW;
+    e_x[k] = (p_x[k] - d) / a.SW;
+    xmin = least(xmin, e_x[k]), xmax = most(xmax, e_x[k]);
+  }
+  b.C = a.OC, b.H = a.OH, b.W = a.OW, b.SY = b.SX = 1, b.OY = ymin, b.OX = xmin, b.NY = b.NX = 1;
+  b.CB = JW + xmax - xmin;
+  const int64_t row_bytes = int64_t(a.OC) * b.CB * LANES * sizeof(T);
+  b.rows = band_rows(row_bytes, ymax - ymin, tile.TR, JH, plain ? int64_t(a.IC) * a.SH * a.W * LANES * sizeof(T) : 0);
+  b.RB = b.rows + ymax - ymin;
+  b.channel = int64_t(b.RB) * b.CB * LANES;
+
+  const double window = double(tile.TR + ymax - ymin) * (tile.TC + xmax - xmin) * LANES * sizeof(T);
+  const int chunks = least(max_chunks, choose_chunks(per_row, OCg, window));
+  const int per_chunk = int(div_up(OCg, chunks));
+  int32_t* offset = b.rx + 1;
+  int32_t* ptr = offset + ix.nnz;  // lists + 2; filled one place ahead so that placing leaves the starts behind
+  const int64_t keys = int64_t(a.IC) * phases * chunks;
+  for (int64_t i = 0; i < keys + 2; ++i) ptr[i] = 0;
+  // Counting sort by (destination channel, phase, source chunk); inside, rows ascend.
+  int32_t* key_of_col = scratch<int32_t>(slot_grad, 2 * int64_t(ICg) * KK);
+  int32_t* shift_of_col = key_of_col + int64_t(ICg) * KK;
+  for (int c = 0, j = 0; c < ICg; ++c)
+    for (int ky = 0; ky < a.KH; ++ky)
+      for (int kx = 0; kx < a.KW; ++kx, ++j) {
+        key_of_col[j] = int32_t((int64_t(c) * phases + p_y[ky] * a.SW + p_x[kx]) * chunks);
+        shift_of_col[j] = int32_t((int64_t(e_y[ky] - ymin) * b.CB + e_x[kx] - xmin) * LANES);
+      }
+  for (int64_t r = 0; r < ix.rows; ++r) {
+    const int g = int(r / OCg);
+    const int32_t base = int32_t(int64_t(g) * ICg * phases * chunks + (r - int64_t(g) * OCg) / per_chunk);
+    for (int32_t k = ix.rowptr[r]; k < ix.rowptr[r + 1]; ++k) ++ptr[base + key_of_col[ix.col[k]] + 2];
+  }
+  for (int64_t i = 2; i < keys + 2; ++i) ptr[i] += ptr[i - 1];
+  T* value = scratch<T>(slot_sums, ix.nnz + 1);
+  for (int64_t r = 0; r < ix.rows; ++r) {
+    const int g = int(r / OCg);
+    const int32_t base = int32_t(int64_t(g) * ICg * phases * chunks + (r - int64_t(g) * OCg) / per_chunk);
+    const int32_t src = int32_t(r * b.channel);
+    for (int32_t k = ix.rowptr[r]; k < ix.rowptr[r + 1]; ++k) {
+      const int32_t j = ix.col[k], at = ptr[base + key_of_col[j] + 1]++;
+      offset[at] = src + shift_of_col[j];
+      value[at] = a.values[k];
+    }
+  }
+
+  const GatherFn<T> fn = gather_fn<T>(tile.TR, tile.TC);
+  const int64_t blocks = div_up(a.N, LANES), bands = div_up(JH, b.rows);
+  const int parts = split_channels(blocks * bands, a.threads, a.IC);
+  const int64_t plane = int64_t(a.H) * a.W;
+  const int64_t step = int64_t(phases) * chunks;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  {
+    T* band = scratch<T>(slot_source, b.C * b.channel + int64_t(b.RB + 1) * a.OW * LANES);
+    T* line = band + b.C * b.channel;
+    T* out = plain ? scratch<T>(slot_dest, int64_t(a.IC) * b.rows * a.SH * a.W * LANES) : nullptr;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < blocks * bands * parts; ++task) {
+      const int part = int(task % parts);
+      const int j0 = int(task / parts % bands) * b.rows;
+      const int64_t nb = task / parts / bands;
+      const int64_t r0 = part_start(ptr, step, a.IC, parts, part), r1 = part_start(ptr, step, a.IC, parts, part + 1);
+      if (r0 == r1) continue;
+      fill_band(b, a.grad_y, a.y_layout, a.N, nb, j0, int(r0 / ICg) * OCg, int((r1 - 1) / ICg + 1) * OCg, band, line);
+      const int y0 = j0 * a.SH, y1 = least(a.H, (j0 + b.rows) * a.SH);  // rows of grad_x that this band writes
+      GatherTile<T> t;
+      t.src_row = int64_t(b.CB) * LANES;
+      t.offset = offset;
+      t.value = value;
+      t.ptr_step = step;
+      t.r0 = r0, t.r1 = r1;
+      t.bias = nullptr;
+      T* dst = plain ? out : a.grad_x + ((nb * a.IC + r0) * plane + int64_t(y0) * a.W) * LANES;
+      t.dst_channel = (plain ? int64_t(y1 - y0) * a.W : plane) * LANES;
+      t.dst_row = int64_t(a.SH) * a.W * LANES;
+      t.dst_col = int64_t(a.SW) * LANES;
+      for (int f = 0; f < phases; ++f) {
+        const int py = f / a.SW, px = f % a.SW;
+        const int rows = y1 - y0 > py ? int(div_up(y1 - y0 - py, a.SH)) : 0;
+        const int cols = a.W > px ? int(div_up(a.W - px, a.SW)) : 0;
+        if (rows == 0 || cols == 0) continue;
+        const int TR = rows >= tile.TR ? tile.TR : 1, TC = least(tile.TC, cols);
+        const GatherFn<T> fun = TR == tile.TR && TC == tile.TC ? fn : gather_fn<T>(TR, TC);
+        for (int y = 0; y < rows; y += TR) {
+          const int yy = least(y, rows - TR);
+          for (int x = 0; x < cols; x += TC) {
+            const int xx = least(x, cols - TC);
+            t.src = band + (int64_t(yy) * b.CB + xx) * LANES;
+            t.dst = dst + (int64_t(yy * a.SH + py) * a.W + xx * a.SW + px) * LANES;
+            for (int h = 0; h < chunks; ++h) {
+              t.begin = ptr + f * chunks + h;
+              t.end = t.begin + 1;
+              t.accumulate = h > 0;
+              fun(t);
+            }
+          }
+        }
+      }
+      if (plain) {
+        const int images = int(least<int64_t>(LANES, a.N - nb * LANES));
+        for (int64_t r = r0; r < r1; ++r)
+          unpack_rows(out + (r - r0) * t.dst_channel, LANES, int64_t(y1 - y0) * a.W,
+                      a.grad_x + (nb * LANES * a.IC + r) * plane + int64_t(y0) * a.W, a.IC * plane, images);
+      }
+    }
+  }
+}
+
+// grad_values[k] = sum over n, oy, ox of grad_y[n][oc][oy][ox] * x[n][ic][oy*SH + ky*DH - PH][ox*SW + kx*DW - PW], and
+// grad_bias[oc] = sum of grad_y[n][oc]. Every thread sums into its own copy; the copies are added in a fixed order.
+template <class T>
+void conv2d_grad_values(const ConvArgs<T>& a) {
+  const int64_t nnz = a.index.nnz, width = nnz + a.OC;
+  if (a.grad_values) for (int64_t k = 0; k < nnz; ++k) a.grad_values[k] = T(0);
+  if (a.grad_bias) for (int64_t r = 0; r < a.OC; ++r) a.grad_bias[r] = T(0);
+  if (a.N == 0 || a.OH == 0 || a.OW == 0) return;
+  const ConvShape<T> s = forward_shape(a, int64_t(a.OC) * a.OW * LANES * sizeof(T), true);
+  const Band& b = s.band;
+  const Stencil& st = s.stencil;
+  const CorrelateFn<T> fn = correlate_fn<T>(s.tile.TR, s.tile.TC);
+  const int64_t blocks = div_up(a.N, LANES), bands = div_up(a.OH, b.rows);
+  const int parts = split_channels(blocks * bands, a.threads, a.OC);
+  const int64_t plane = int64_t(a.OH) * a.OW, tasks = blocks * bands;
+  const int teams = int(least<int64_t>(a.threads, tasks));
+  T* sums = scratch<T>(slot_sums, width * teams);
+  const int OCg = a.OC / a.G, ICg = a.IC / a.G;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  {
+    T* band = scratch<T>(slot_source, b.C * b.channel + int64_t(b.RB * b.SY + b.SY) * a.W * LANES);
+    T* line = band + b.C * b.channel;
+    T* grad = scratch<T>(slot_grad, int64_t(a.OC) * b.rows * a.OW * LANES);
+    // Team m works through a fixed share of the tasks, so that the result does not depend on timing. With more threads
+    // than tasks, a team's threads share its channels.
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < int64_t(teams) * parts; ++unit) {
+      const int64_t team = unit / parts;
+      const int part = int(unit % parts);
+      T* gv = sums + team * width;
+      T* gb = gv + nnz;
+      const int64_t r0 = part_start(st.ptr, st.chunks, a.OC, parts, part);
+      const int64_t r1 = part_start(st.ptr, st.chunks, a.OC, parts, part + 1);
+      for (int32_t k = st.ptr[r0 * st.chunks]; k < st.ptr[r1 * st.chunks]; ++k) gv[k] = T(0);
+      for (int64_t r = r0; r < r1; ++r) gb[r] = T(0);
+      if (r0 == r1) continue;
+      for (int64_t task = tasks * team / teams; task < tasks * (team + 1) / teams; ++task) {
+        const int row0 = int(task % bands) * b.rows;
+        const int64_t nb = task / bands;
+        const int rows = least(b.rows, a.OH - row0);
+        const int images = int(least<int64_t>(LANES, a.N - nb * LANES));
+        CorrelateTile<T> t;
+        const T* g;
+        if (a.y_layout == Layout::lanes && images == LANES) {
+          g = a.grad_y + ((nb * a.OC + r0) * plane + int64_t(row0) * a.OW) * LANES;
+          t.grad_channel = plane * LANES;
+        } else {
+          t.grad_channel = int64_t(rows) * a.OW * LANES;
+          for (int64_t r = r0; r < r1; ++r) {
+            T* dst = grad + (r - r0) * t.grad_channel;
+            if (a.y_layout == Layout::lanes)
+              copy_lanes(a.grad_y + ((nb * a.OC + r) * plane + int64_t(row0) * a.OW) * LANES, LANES, images,
+                         int64_t(rows) * a.OW, dst);
+            else
+              pack_rows(a.grad_y + (nb * LANES * a.OC + r) * plane + int64_t(row0) * a.OW, a.OC * plane, images,
+                        int64_t(rows) * a.OW, dst, LANES);
+          }
+          g = grad;
+        }
+        if (a.grad_bias) {
+          for (int64_t r = r0; r < r1; ++r) {
+            V<T> sum[Vec<T>::n];
+            for (int i = 0; i < Vec<T>::n; ++i) sum[i] = zero<T>();
+            const T* p = g + (r - r0) * t.grad_channel;
+            for (int64_t i = 0; i < int64_t(rows) * a.OW * LANES; i += Vec<T>::n) sum[0] += load(p + i);
+            gb[r] += sum_each<T>(sum)[0];
+          }
+        }
+        if (!a.grad_values) continue;
+        fill_band(b, a.x, a.x_layout, a.N, nb, row0, int(r0 / OCg) * ICg, int((r1 - 1) / OCg + 1) * ICg, band, line);
+        t.src_row = int64_t(b.CB) * LANES;
+        t.offset = st.offset;
+        t.ptr_step = st.chunks;
+        t.r0 = r0, t.r1 = r1;
+        t.grad_row = int64_t(a.OW) * LANES;
+        t.grad_values = gv;
+        for (int y = 0; y < rows; y += s.tile.TR)
+          for (int x = 0; x < a.OW; x += s.tile.TC) {
+            t.src = band + (int64_t(y) * b.CB + x) * LANES;
+            t.grad = g + (int64_t(y) * a.OW + x) * LANES;
+            t.rows = least(s.tile.TR, rows - y);
+            t.cols = least(s.tile.TC, a.OW - x);
+            for (int h = 0; h < st.chunks; ++h) {
+              t.begin = st.ptr + h;
+              t.end = t.begin + 1;
+              fn(t);
+            }
+          }
+      }
+    }
+    if (a.grad_values) {
+#pragma omp for schedule(static) nowait
+      for (int64_t k = 0; k < nnz; ++k) {
+        T total = sums[k];
+        for (int m = 1; m < teams; ++m) total += sums[m * width + k];
+        a.grad_values[k] = total;
+      }
+    }
+    if (a.grad_bias) {
+#pragma omp for schedule(static)
+      for (int64_t r = 0; r < a.OC; ++r) {
+        T total = sums[nnz + r];
+        for (int m = 1; m < teams; ++m) total += sums[m * width + nnz + r];
+        a.grad_bias[r] = total;
+      }
+    }
+  }
+}
+
+template <class T>
+void conv2d_backward(const ConvArgs<T>& a) {
+  if (a.grad_values || a.grad_bias) conv2d_grad_values(a);
+  if (a.grad_x) conv2d_grad_x(a);
+}

@@ -1,0 +1,89 @@
+// Between plain tensors and the lane layout. Included inside an instruction set's namespace; no include guard.
+
+SB_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <class I>
+SB_INLINE I least(I a, I b) { return b < a ? b : a; }
+template <class I>
+SB_INLINE I most(I a, I b) { return a < b ? b : a; }
+
+// dst[p*dst_step + lane] = src[lane*image + p] for p < len, lane < images; the other lanes are zero.
+template <class T>
+void pack_rows(const T* src, ptrdiff_t image, int images, int64_t len, T* dst, ptrdiff_t dst_step) {
+  constexpr int n = Vec<T>::n;
+  for (int part = 0; part < LANES; part += n) {
+    const int live = most(0, least(n, images - part));
+    const T* s = src + part * image;
+    int64_t p = 0;
+    for (; p + n <= len; p += n) {
+      V<T> a[n];
+      if (live == n) {
+        for (int i = 0; i < n; ++i) a[i] = load(s + i * image + p);
+      } else {
+        for (int i = 0; i < n; ++i) a[i] = i < live ? load(s + i * image + p) : zero<T>();
+      }
+      transpose<T>(a);
+      for (int i = 0; i < n; ++i) store(dst + (p + i) * dst_step + part, a[i]);
+    }
+    for (; p < len; ++p)
+      for (int i = 0; i < n; ++i) dst[p * dst_step + part + i] = i < live ? s[i * image + p] : T(0);
+  }
+}
+
+// dst[lane*image + p] = src[p*src_step + lane] for p < len, lane < images.
+template <class T>
+void unpack_rows(const T* src, ptrdiff_t src_step, int64_t len, T* dst, ptrdiff_t image, int images) {
+  constexpr int n = Vec<T>::n;
+  for (int part = 0; part < images; part += n) {
+    const int live = least(n, images - part);
+    T* d = dst + part * image;
+    int64_t p = 0;
+    for (; p + n <= len; p += n) {
+      V<T> a[n];
+      for (int i = 0; i < n; ++i) a[i] = load(src + (p + i) * src_step + part);
+      transpose<T>(a);
+      for (int i = 0; i < live; ++i) store(d + i * image + p, a[i]);
+    }
+    for (; p < len; ++p)
+      for (int i = 0; i < live; ++i) d[i * image + p] = src[p * src_step + part + i];
+  }
+}
+
+// Copies len vectors of LANES with source step `step` (in elements); lanes from `images` on become zero.
+template <class T>
+void copy_lanes(const T* src, ptrdiff_t step, int images, int64_t len, T* dst) {
+  constexpr int n = Vec<T>::n;
+  for (int64_t p = 0; p < len; ++p)
+    for (int part = 0; part < LANES; part += n) store(dst + p * LANES + part, load(src + p * step + part));
+  if (images < LANES)
+    for (int64_t p = 0; p < len; ++p)
+      for (int i = images; i < LANES; ++i) dst[p * LANES + i] = T(0);
+}
+
+template <class T>
+void clear(T* dst, int64_t count) {  // count is a multiple of LANES
+  for (int64_t i = 0; i < count; i += Vec<T>::n) store(dst + i, zero<T>());
+}
+
+template <class T>
+void pack(const PackArgs<T>& a) {
+  const int64_t L = a.C * a.P, blocks = div_up(a.N, LANES);
+  const int64_t step = most<int64_t>(LANES, 4096), pieces = div_up(L, step);
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
+  for (int64_t t = 0; t < blocks * pieces; ++t) {
+    const int64_t b = t / pieces, p = t % pieces * step;
+    pack_rows(a.src + b * LANES * L + p, L, int(least<int64_t>(LANES, a.N - b * LANES)), least(step, L - p),
+              a.dst + (b * L + p) * LANES, LANES);
+  }
+}
+
+template <class T>
+void unpack(const PackArgs<T>& a) {
+  const int64_t L = a.C * a.P, blocks = div_up(a.N, LANES);
+  const int64_t step = most<int64_t>(LANES, 4096), pieces = div_up(L, step);
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
+  for (int64_t t = 0; t < blocks * pieces; ++t) {
+    const int64_t b = t / pieces, p = t % pieces * step;
+    unpack_rows(a.src + (b * L + p) * LANES, LANES, least(step, L - p), a.dst + b * LANES * L + p, L,
+                int(least<int64_t>(LANES, a.N - b * LANES)));
+  }
+}

@@ -1,0 +1,85 @@
+// What a kernel is called with, and the table of kernels that every instruction set fills. No code here: this header
+// is shared by all instruction sets and must not carry inline functions across them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define SB_INLINE inline __attribute__((always_inline))
+
+namespace sparsebreg {
+
+constexpr int LANES = 16;  // images (or samples) side by side in the lane layout, whatever the instruction set
+
+enum class Layout : int { plain = 0, lanes = 1 };
+
+// The nonzeros of a (rows x cols) matrix in CSR order, and in CSC order through csc_to_csr. Validated by its owner.
+struct Index {
+  int64_t rows, cols, nnz;
+  const int32_t* rowptr;      // rows + 1
+  const int32_t* col;         // nnz, ascending inside a row
+  const int32_t* colptr;      // cols + 1
+  const int32_t* row;         // nnz, ascending inside a column
+  const int32_t* csc_to_csr;  // nnz
+};
+
+// y = x Wᵀ + b, W rows x cols. x (N, cols) and y (N, rows), row-major or in lanes [ceil(N/16)][features][16].
+template <class T>
+struct LinearArgs {
+  Index index;
+  int64_t N;
+  const T* values;
+  const T* bias;  // rows, or null
+  const T* x;
+  T* y;
+  const T* grad_y;
+  T* grad_x;       // null: not wanted
+  T* grad_values;  // null: not wanted
+  T* grad_bias;    // null: not wanted
+  Layout x_layout, y_layout;
+  int threads;
+};
+
+// x (N, IC, H, W), y (N, OC, OH, OW), index rows = OC, cols = IC / G * KH * KW.
+template <class T>
+struct ConvArgs {
+  Index index;
+  int64_t N;
+  int IC, H, W, OC, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW, G;
+  const T* values;
+  const T* bias;
+  const T* x;
+  T* y;
+  const T* grad_y;
+  T* grad_x;
+  T* grad_values;
+  T* grad_bias;
+  Layout x_layout, y_layout;
+  int threads;
+};
+
+template <class T>
+struct PackArgs {
+  int64_t N, C, P;  // plain (N, C, P) row-major; lanes [ceil(N/16)][C][P][16], padding lanes zero
+  const T* src;
+  T* dst;
+  int threads;
+};
+
+template <class T>
+struct Kernels {
+  void (*linear_forward)(const LinearArgs<T>&);
+  void (*linear_backward)(const LinearArgs<T>&);
+  void (*conv2d_forward)(const ConvArgs<T>&);
+  void (*conv2d_backward)(const ConvArgs<T>&);
+  void (*pack)(const PackArgs<T>&);
+  void (*unpack)(const PackArgs<T>&);
+};
+
+struct Table {
+  const char* isa;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+}  // namespace sparsebreg

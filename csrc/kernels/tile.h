@@ -1,0 +1,152 @@
+// The two inner loops of the package. Included inside an instruction set's namespace; no include guard on purpose.
+//
+// A tile is TR x TC positions of LANES samples each. Its positions lie in `src` at row pitch `src_row` and column pitch
+// LANES; a nonzero shifts the whole tile by its offset. Forward and input gradient *gather* (the tile's sums stay in
+// registers while the nonzeros of one destination channel pass by), the value gradient *correlates* (the tile of the
+// output gradient stays in registers, every nonzero yields one sum).
+
+constexpr int PARTS_F32 = LANES / Vec<float>::n;
+constexpr int PARTS_F64 = LANES / Vec<double>::n;
+
+template <class T>
+struct GatherTile {
+  const T* src;
+  ptrdiff_t src_row;
+  const int32_t* offset;   // per nonzero, in units of `scale` elements of src
+  ptrdiff_t scale = 1;
+  const T* value;          // per nonzero, same order
+  const int32_t* begin;    // first nonzero of destination channel r: begin[r * ptr_step]; its end: end[r * ptr_step]
+  const int32_t* end;
+  ptrdiff_t ptr_step;
+  int64_t r0, r1;
+  T* dst;                  // of channel r0
+  ptrdiff_t dst_channel, dst_row, dst_col;
+  const T* bias;           // of channel r0; null: none
+  bool accumulate;         // dst holds the sums of an earlier chunk
+};
+
+// dst[r][i][j][:] (+)= bias[r] + sum_k value[k] * src[offset[k] + i*src_row + j*LANES + :].   Cost: nnz * TR * TC FMAs.
+template <class T, int TR, int TC>
+void gather_tile(const GatherTile<T>& t) {
+  constexpr int n = Vec<T>::n;
+  for (int64_t r = t.r0; r < t.r1; ++r) {
+    T* dst = t.dst + (r - t.r0) * t.dst_channel;
+    const int32_t k0 = t.begin[r * t.ptr_step], k1 = t.end[r * t.ptr_step];
+    if (t.accumulate && k0 == k1) continue;
+    for (int part = 0; part < LANES; part += n) {
+      V<T> acc[TR][TC];
+      if (t.accumulate) {
+        for (int i = 0; i < TR; ++i)
+          for (int j = 0; j < TC; ++j) acc[i][j] = load(dst + i * t.dst_row + j * t.dst_col + part);
+      } else {
+        const V<T> b = splat<T>(t.bias ? t.bias[r - t.r0] : T(0));
+        for (int i = 0; i < TR; ++i)
+          for (int j = 0; j < TC; ++j) acc[i][j] = b;
+      }
+      const T* src = t.src + part;
+      for (int32_t k = k0; k < k1; ++k) {
+        const T* p = src + t.offset[k] * t.scale;
+        const V<T> v = splat<T>(t.value[k]);
+        for (int i = 0; i < TR; ++i)
+          for (int j = 0; j < TC; ++j) acc[i][j] += v * load(p + i * t.src_row + j * LANES);
+      }
+      for (int i = 0; i < TR; ++i)
+        for (int j = 0; j < TC; ++j) store(dst + i * t.dst_row + j * t.dst_col + part, acc[i][j]);
+    }
+  }
+}
+
+template <class T>
+struct CorrelateTile {
+  const T* src;
+  ptrdiff_t src_row;
+  const int32_t* offset;
+  ptrdiff_t scale = 1;
+  const int32_t* begin;
+  const int32_t* end;
+  ptrdiff_t ptr_step;
+  int64_t r0, r1;
+  const T* grad;           // tile of the output gradient, of channel r0
+  ptrdiff_t grad_channel, grad_row;
+  int rows, cols;          // how many of the tile's positions exist; the others count as zero
+  T* grad_values;          // per nonzero; added to
+};
+
+// grad_values[k] += sum_{i,j,lane} grad[r][i][j][lane] * src[offset[k] + i*src_row + j*LANES + lane].
+template <class T, int TR, int TC>
+void correlate_tile(const CorrelateTile<T>& t) {
+  constexpr int n = Vec<T>::n;
+  for (int64_t r = t.r0; r < t.r1; ++r) {
+    const int32_t k0 = t.begin[r * t.ptr_step], k1 = t.end[r * t.ptr_step];
+    if (k0 == k1) continue;
+    const T* grad = t.grad + (r - t.r0) * t.grad_channel;
+    for (int part = 0; part < LANES; part += n) {
+      V<T> g[TR][TC];
+      if (t.rows == TR && t.cols == TC) {
+        for (int i = 0; i < TR; ++i)
+          for (int j = 0; j < TC; ++j) g[i][j] = load(grad + i * t.grad_row + j * LANES + part);
+      } else {
+        for (int i = 0; i < TR; ++i)
+          for (int j = 0; j < TC; ++j)
+            g[i][j] = i < t.rows && j < t.cols ? load(grad + i * t.grad_row + j * LANES + part) : zero<T>();
+      }
+      const T* src = t.src + part;
+      for (int32_t k = k0; k < k1; k += n) {
+        const int m = k1 - k < n ? k1 - k : n;
+        V<T> sum[n];
+        for (int q = 0; q < m; ++q) {
+          const T* p = src + t.offset[k + q] * t.scale;
+          V<T> s[2] = {zero<T>(), zero<T>()};  // two chains: the out-of-order window overlaps neighbouring nonzeros
+          for (int i = 0; i < TR; ++i)
+            for (int j = 0; j < TC; ++j) s[j & 1] += g[i][j] * load(p + i * t.src_row + j * LANES);
+          sum[q] = s[0] + s[1];
+        }
+        if (m == n) {
+          store(t.grad_values + k, load(t.grad_values + k) + sum_each<T>(sum));
+        } else {
+          for (int q = m; q < n; ++q) sum[q] = zero<T>();
+          alignas(64) T out[n];
+          store(out, sum_each<T>(sum));
+          for (int q = 0; q < m; ++q) t.grad_values[k + q] += out[q];
+        }
+      }
+    }
+  }
+}
+
+#if defined(SB_WIDE_FILE)  // 32 vector registers
+constexpr int MAX_TILE = 16;
+#else
+constexpr int MAX_TILE = 12;
+#endif
+
+template <class T>
+using GatherFn = void (*)(const GatherTile<T>&);
+template <class T>
+using CorrelateFn = void (*)(const CorrelateTile<T>&);
+
+template <class T, int TR, size_t... C>
+GatherFn<T> pick_gather(int tc, std::index_sequence<C...>) {
+  static constexpr GatherFn<T> fns[] = {gather_tile<T, TR, int(C) + 1>...};
+  return fns[tc - 1];
+}
+
+template <class T, int TR, size_t... C>
+CorrelateFn<T> pick_correlate(int tc, std::index_sequence<C...>) {
+  static constexpr CorrelateFn<T> fns[] = {correlate_tile<T, TR, int(C) + 1>...};
+  return fns[tc - 1];
+}
+
+template <class T>
+GatherFn<T> gather_fn(int tr, int tc) {
+  if (tr == 4) return pick_gather<T, 4>(tc, std::make_index_sequence<MAX_TILE / 4>{});
+  if (tr == 2) return pick_gather<T, 2>(tc, std::make_index_sequence<MAX_TILE / 2>{});
+  return pick_gather<T, 1>(tc, std::make_index_sequence<MAX_TILE>{});
+}
+
+template <class T>
+CorrelateFn<T> correlate_fn(int tr, int tc) {
+  if (tr == 4) return pick_correlate<T, 4>(tc, std::make_index_sequence<MAX_TILE / 4>{});
+  if (tr == 2) return pick_correlate<T, 2>(tc, std::make_index_sequence<MAX_TILE / 2>{});
+  return pick_correlate<T, 1>(tc, std::make_index_sequence<MAX_TILE>{});
+}

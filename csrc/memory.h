@@ -1,0 +1,23 @@
+// Working memory of the kernels: one growing buffer per thread and slot, kept between calls so that a step neither maps
+// nor faults in pages. Not tied to an instruction set.
+#pragma once
+
+#include <cstddef>
+
+namespace sparsebreg {
+
+enum Slot { slot_source, slot_dest, slot_plan, slot_grad, slot_sums, slot_count };
+
+// A buffer of at least `bytes`, 64-byte aligned, valid until the next request for this slot from this thread.
+// Throws std::bad_alloc.
+void* scratch_bytes(Slot slot, size_t bytes);
+
+// Gives the calling thread's buffers back; returns how many bytes they held.
+size_t release_scratch();
+
+template <class T>
+T* scratch(Slot slot, size_t count) {
+  return static_cast<T*>(scratch_bytes(slot, count * sizeof(T)));
+}
+
+}  // namespace sparsebreg

@@ -1,0 +1,104 @@
+// Vector types of one instruction set. Included inside that set's namespace (see isa/), after its target pragma,
+// with SB_VECTOR_BYTES set to the register width. GCC and Clang vector extensions keep one source for all sets.
+// No include guard on purpose: every instruction set gets its own copy.
+
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  static constexpr int n = SB_VECTOR_BYTES / 4;
+  typedef float type __attribute__((vector_size(SB_VECTOR_BYTES)));
+  typedef float loose __attribute__((vector_size(SB_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t index __attribute__((vector_size(SB_VECTOR_BYTES)));
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int n = SB_VECTOR_BYTES / 8;
+  typedef double type __attribute__((vector_size(SB_VECTOR_BYTES)));
+  typedef double loose __attribute__((vector_size(SB_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t index __attribute__((vector_size(SB_VECTOR_BYTES)));
+};
+
+template <class T>
+using V = typename Vec<T>::type;
+
+// Loads and stores ask only for the element's alignment: on current CPUs an unaligned access to an aligned address
+// costs nothing.
+template <class T>
+SB_INLINE V<T> load(const T* p) {
+  return *reinterpret_cast<const typename Vec<T>::loose*>(p);
+}
+
+template <class T>
+SB_INLINE void store(T* p, V<T> v) {
+  *reinterpret_cast<typename Vec<T>::loose*>(p) = v;
+}
+
+template <class T>
+SB_INLINE V<T> splat(T s) {
+  return s - V<T>{};  // folds to one broadcast
+}
+
+template <class T>
+SB_INLINE V<T> zero() {
+  return V<T>{};
+}
+
+// Lane j of low<B> / high<B>: the block of B lanes that j belongs to comes from a where j & B is 0, else from b.
+// They are the two halves of one butterfly stage, used by the transpose and by the grouped reduction.
+template <int B, class T, size_t... J>
+SB_INLINE V<T> low_stage(V<T> a, V<T> b, std::index_sequence<J...>) {
+  constexpr int n = Vec<T>::n;
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, ((J & B) ? int(n + J - B) : int(J))...);
+#else
+  return __builtin_shuffle(a, b, (typename Vec<T>::index){((J & B) ? int(n + J - B) : int(J))...});
+#endif
+}
+
+template <int B, class T, size_t... J>
+SB_INLINE V<T> high_stage(V<T> a, V<T> b, std::index_sequence<J...>) {
+  constexpr int n = Vec<T>::n;
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, ((J & B) ? int(n + J) : int(J + B))...);
+#else
+  return __builtin_shuffle(a, b, (typename Vec<T>::index){((J & B) ? int(n + J) : int(J + B))...});
+#endif
+}
+
+template <int B, class T>
+SB_INLINE V<T> low(V<T> a, V<T> b) {
+  return low_stage<B, T>(a, b, std::make_index_sequence<Vec<T>::n>{});
+}
+
+template <int B, class T>
+SB_INLINE V<T> high(V<T> a, V<T> b) {
+  return high_stage<B, T>(a, b, std::make_index_sequence<Vec<T>::n>{});
+}
+
+// In-register transpose of an n x n block held as n vectors.
+template <class T, int B = Vec<T>::n / 2>
+SB_INLINE void transpose(V<T>* a) {
+  if constexpr (B > 0) {
+    for (int i = 0; i < Vec<T>::n; ++i) {
+      if (i & B) continue;
+      V<T> x = a[i], y = a[i + B];
+      a[i] = low<B, T>(x, y);
+      a[i + B] = high<B, T>(x, y);
+    }
+    transpose<T, B / 2>(a);
+  }
+}
+
+// Lane i of the result is the sum of all lanes of a[i]; a is overwritten.
+template <class T, int B = Vec<T>::n / 2>
+SB_INLINE V<T> sum_each(V<T>* a) {
+  if constexpr (B == 0) {
+    return a[0];
+  } else {
+    for (int i = 0; i < B; ++i) a[i] = low<B, T>(a[i], a[i + B]) + high<B, T>(a[i], a[i + B]);
+    return sum_each<T, B / 2>(a);
+  }
+}

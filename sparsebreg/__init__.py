@@ -1,0 +1,39 @@
+"""Sparse training of neural networks that is faster on CPUs, not only in theory."""
+
+from sparsebreg import flops, models, nn
+from sparsebreg._info import Info, info
+from sparsebreg._version import __version__
+from sparsebreg.backends import set_backend, use_backend
+from sparsebreg.convert import SparsifyConfig, SwapReport, densify_, sparsify_
+from sparsebreg.errors import BackendError, DataError, SparsebregError, SwapError
+from sparsebreg.initialize import sparse_init_
+from sparsebreg.multilevel import Multilevel
+from sparsebreg.optim import LinBreg, param_groups
+from sparsebreg.pattern import SparsePattern
+from sparsebreg.regularizers import L1, NoReg
+
+__all__ = [
+    "L1",
+    "BackendError",
+    "DataError",
+    "Info",
+    "LinBreg",
+    "Multilevel",
+    "NoReg",
+    "SparsePattern",
+    "SparsebregError",
+    "SparsifyConfig",
+    "SwapError",
+    "SwapReport",
+    "__version__",
+    "densify_",
+    "flops",
+    "info",
+    "models",
+    "nn",
+    "param_groups",
+    "set_backend",
+    "sparse_init_",
+    "sparsify_",
+    "use_backend",
+]

@@ -1,0 +1,28 @@
+"""Loads the native extension, once, and remembers why it could not."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch  # noqa: F401  before the extension: both must share one OpenMP runtime
+
+_C: ModuleType | None = None
+#: Why the extension is not in use; empty where it is.
+CAUSE = ""
+
+try:
+    _C = importlib.import_module("sparsebreg._C")
+    _C.isa()  # reads SPARSEBREG_ISA
+except ModuleNotFoundError as error:
+    if error.name != "sparsebreg._C":
+        raise
+    CAUSE = "the extension sparsebreg._C was not built (no C++ compiler when the package was installed?)"
+except (ImportError, ValueError) as error:
+    _C = None
+    CAUSE = f"the extension sparsebreg._C cannot be used: {error}"
+
+
+def native() -> ModuleType | None:
+    """The extension module, or None."""
+    return _C

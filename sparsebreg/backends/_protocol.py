@@ -1,0 +1,70 @@
+"""What a backend does. Shapes, dtypes and devices are checked by the callers in ``functional``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+from sparsebreg.pattern import SparsePattern
+
+Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+class Geometry(NamedTuple):
+    """How a 2-D convolution walks over its input; pairs are (vertical, horizontal)."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
+        """(OH, OW) for an input of (H, W) and a kernel of (KH, KW)."""
+        high, wide = (
+            (size[i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i] - 1) - 1) // self.stride[i] + 1 for i in (0, 1)
+        )
+        return high, wide
+
+
+class Backend(Protocol):
+    """Linear: x (N, in), grad_y (N, out). Conv2d: x (N, IC, H, W), grad_y (N, OC, OH, OW). values (nnz,), bias (rows,).
+
+    All tensors are contiguous, on the CPU, float32 or float64, of one dtype. ``*_backward`` returns (grad_x,
+    grad_values, grad_bias), each None where ``needs`` says that it is not wanted; x is None if grad_values is not.
+    """
+
+    name: str
+
+    def linear_forward(
+        self, pattern: SparsePattern, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor: ...
+
+    def linear_backward(
+        self,
+        pattern: SparsePattern,
+        grad_y: torch.Tensor,
+        x: torch.Tensor | None,
+        values: torch.Tensor,
+        needs: tuple[bool, bool, bool],
+    ) -> Grads: ...
+
+    def conv2d_forward(
+        self,
+        pattern: SparsePattern,
+        x: torch.Tensor,
+        values: torch.Tensor,
+        bias: torch.Tensor | None,
+        geometry: Geometry,
+    ) -> torch.Tensor: ...
+
+    def conv2d_backward(
+        self,
+        pattern: SparsePattern,
+        grad_y: torch.Tensor,
+        x: torch.Tensor | None,
+        values: torch.Tensor,
+        geometry: Geometry,
+        x_shape: torch.Size,
+        needs: tuple[bool, bool, bool],
+    ) -> Grads: ...

@@ -1,0 +1,48 @@
+"""The truth that the other backends are tested against: plain torch on the dense weight."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from sparsebreg.backends._protocol import Geometry, Grads
+from sparsebreg.pattern import SparsePattern
+
+
+class ReferenceBackend:
+    name = "reference"
+
+    def linear_forward(self, pattern, x, values, bias):
+        return F.linear(x, pattern.scatter(values), bias)
+
+    def linear_backward(self, pattern, grad_y, x, values, needs) -> Grads:
+        return (
+            grad_y @ pattern.scatter(values) if needs[0] else None,
+            pattern.gather(grad_y.t() @ x) if needs[1] else None,
+            grad_y.sum(0) if needs[2] else None,
+        )
+
+    def conv2d_forward(self, pattern, x, values, bias, geometry):
+        return F.conv2d(x, pattern.scatter(values), bias, *geometry)
+
+    def conv2d_backward(
+        self,
+        pattern: SparsePattern,
+        grad_y: torch.Tensor,
+        x: torch.Tensor | None,
+        values: torch.Tensor,
+        geometry: Geometry,
+        x_shape: torch.Size,
+        needs: tuple[bool, bool, bool],
+    ) -> Grads:
+        weight = pattern.scatter(values)
+        arguments = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+        return (
+            torch.nn.grad.conv2d_input(x_shape, weight, grad_y, *arguments) if needs[0] else None,
+            pattern.gather(torch.nn.grad.conv2d_weight(x, weight.shape, grad_y, *arguments)) if needs[1] else None,
+            grad_y.sum((0, 2, 3)) if needs[2] else None,
+        )
+
+
+def load() -> ReferenceBackend:
+    return ReferenceBackend()

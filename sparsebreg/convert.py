@@ -1,0 +1,339 @@
+"""Freezing and thawing: dense layers become sparse ones over their active weights, in place, and back.
+
+The optimizer's state follows: what it keeps per weight is gathered at the active places; the rest is set aside in the
+state (key ``frozen``) and comes back unchanged at the thaw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from sparsebreg.errors import SwapError, check_choice, check_real, expected
+from sparsebreg.nn import SparseLayer, sparse_form, unsupported
+from sparsebreg.optim.base import REGULARISED, BregmanOptimizer
+from sparsebreg.pattern import SparsePattern
+
+Filter = Callable[[nn.Module, str], bool]
+
+DECISIONS = ("auto", "always")
+
+
+@dataclass(frozen=True)
+class SparsifyConfig:
+    """Which layers become sparse.
+
+    Args:
+        min_sparsity: layers with a smaller fraction of zeros stay dense; in [0, 1].
+        decide: "auto" applies ``min_sparsity``; "always" makes every layer that has a sparse form sparse.
+
+    Raises:
+        TypeError, ValueError: naming the option.
+    """
+
+    min_sparsity: float = 0.8
+    decide: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_real("min_sparsity", self.min_sparsity, low=0, high=1)
+        check_choice("decide", self.decide, DECISIONS)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What was done with one layer. ``action`` is "sparse" or "dense"; ``reason`` says why."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    nnz: int
+    action: str
+    reason: str
+
+    @property
+    def density(self) -> float:
+        return self.nnz / max(1, math.prod(self.shape))
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What a swap did, layer by layer; prints as a table."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def sparse(self) -> list[LayerReport]:
+        return [r for r in self.layers if r.action == "sparse"]
+
+    @property
+    def dense(self) -> list[LayerReport]:
+        return [r for r in self.layers if r.action == "dense"]
+
+    @property
+    def density(self) -> float:
+        """Active weights of all listed layers as a fraction of all their weights."""
+        return sum(r.nnz for r in self.layers) / max(1, sum(math.prod(r.shape) for r in self.layers))
+
+    def __str__(self) -> str:
+        rows = [
+            (r.name, r.kind, "x".join(map(str, r.shape)), f"{r.density:.2%}", r.action, r.reason) for r in self.layers
+        ]
+        table = tabulate(rows, ("layer", "kind", "shape", "density", "now", "why"), disable_numparse=True)
+        return f"{table}\n{len(self.sparse)} of {len(self.layers)} layers sparse, density {self.density:.2%}"
+
+
+class _Places:
+    """Where every module of a model hangs, and which modules use a parameter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parents: dict[int, list[tuple[nn.Module, str]]] = {}
+        self.users: dict[int, int] = {}
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                if child is not None:
+                    self.parents.setdefault(id(child), []).append((parent, name))
+            for p in parent._parameters.values():
+                if p is not None:
+                    self.users[id(p)] = self.users.get(id(p), 0) + 1
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        for parent, name in self.parents[id(old)]:
+            parent._modules[name] = new
+        self.parents[id(new)] = self.parents.pop(id(old))
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(expected("model", "a torch.nn.Module", type(model).__name__))
+    parallel = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+    for name, module in model.named_modules():
+        if any(c.__name__ in parallel for c in type(module).__mro__):
+            where = f"'{name}' is a {type(module).__name__}" if name else f"a {type(module).__name__}"
+            raise SwapError(expected("model", "a model that is not wrapped for data parallelism", where))
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """The sparse layers of a model by qualified name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SparseLayer)}
+
+
+def _held(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """The group of every parameter that the optimizer holds, by id."""
+    return {id(p): g for g in optimizer.param_groups for p in g["params"]}
+
+
+@dataclass
+class Plan:
+    """What a freeze will do: patterns of the layers to swap and masks of the weights that stay dense, by name."""
+
+    patterns: dict[str, SparsePattern]
+    masks: dict[str, torch.Tensor]
+    report: SwapReport
+
+
+def plan_freeze(
+    model: nn.Module, config: SparsifyConfig, filter_fn: Filter | None, optimizer: torch.optim.Optimizer | None
+) -> Plan:
+    """Decides, and changes nothing. Raises SwapError where a swap is not possible."""
+    _check_model(model)
+    if sparse_layers(model):
+        raise SwapError(expected("model", "dense layers only", "a model that already has sparse layers (densify_ first)"))
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(expected("optimizer", "a torch.optim.Optimizer", type(optimizer).__name__))
+    groups = _held(optimizer) if optimizer is not None else {}
+    bregman = isinstance(optimizer, BregmanOptimizer)
+    places = _Places(model)
+    plan = Plan({}, {}, SwapReport())
+    taken = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, REGULARISED):
+            continue
+        weight = module.weight
+        reason = unsupported(module)
+        mask = weight.detach() != 0
+        nnz = int(mask.count_nonzero())
+        sparsity = 1 - nnz / max(1, weight.numel())
+        group = groups.get(id(weight))
+        if not reason and module is model:
+            reason = "is the model itself and cannot be replaced in place"
+        if not reason and filter_fn is not None and not filter_fn(module, name):
+            reason = "left out by filter_fn"
+        if not reason and places.users.get(id(weight), 0) > 1:
+            reason = "shares its weight with another module"
+        if not reason and bregman and group is not None and not group["reg"].sparse:
+            reason = "not regularised"
+        if not reason and config.decide == "auto" and sparsity < config.min_sparsity:
+            reason = f"sparsity {sparsity:.2%} is below {config.min_sparsity:.2%}"
+        if not reason:
+            if optimizer is not None and group is None and weight.requires_grad:
+                raise SwapError(expected("optimizer", f"one that holds the parameter '{name}.weight'", "one without it"))
+            plan.patterns[name] = SparsePattern.from_mask(mask)
+            taken.add(id(weight))
+        action = "dense" if reason else "sparse"
+        reason = reason or (
+            "decide='always'" if config.decide == "always" else f"sparsity of at least {config.min_sparsity:.2%}"
+        )
+        plan.report.layers.append(
+            LayerReport(name, type(module).__name__, tuple(weight.shape), nnz, action, reason)
+        )
+    if bregman:
+        for name, p in model.named_parameters():
+            group = groups.get(id(p))
+            if group is not None and group["reg"].sparse and id(p) not in taken:
+                plan.masks[name] = p.detach() != 0
+    return plan
+
+
+def carry_out(
+    model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None, *, keep_grads: bool = True
+) -> None:
+    """Swaps as planned. Everything that can fail is made before the first change."""
+    layers = {name: sparse_form(model.get_submodule(name), pattern) for name, pattern in plan.patterns.items()}
+    places = _Places(model)
+    for name, layer in layers.items():
+        module = model.get_submodule(name)
+        weight = module.weight
+        places.replace(module, layer)
+        if optimizer is not None:
+            _carry_state(optimizer, weight, layer)
+        if keep_grads and weight.grad is not None:
+            layer.values.grad = layer.pattern.gather(weight.grad)
+        weight.grad = None
+        weight.data = weight.data.new_empty(0)  # the memory is free until the thaw
+    for name, mask in plan.masks.items():
+        optimizer.state[model.get_parameter(name)]["active"] = mask  # type: ignore[union-attr]
+
+
+def sparsify_(
+    model: nn.Module,
+    config: SparsifyConfig | None = None,
+    filter_fn: Filter | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> SwapReport:
+    """Freezes the pattern of nonzero weights: layers that are sparse enough become sparse layers, in place.
+
+    Until :func:`densify_`, only the active weights are parameters. With an optimizer, its parameters and their state
+    (momentum, dual variable, moments) follow. With one of this package's optimizers, regularised weights that stay
+    dense are frozen too: their zeros do not move.
+
+    Args:
+        model: any module that is not wrapped for data parallelism.
+        config: which layers; default: ``SparsifyConfig()``.
+        filter_fn: called with (module, qualified name); layers for which it is false stay dense.
+        optimizer: the optimizer that trains the model, if there is one.
+
+    Returns:
+        A report, layer by layer.
+
+    Raises:
+        SwapError: for a wrapped or already swapped model, or an optimizer that does not hold a weight to be swapped.
+        Nothing is changed then.
+    """
+    plan = plan_freeze(model, config or SparsifyConfig(), filter_fn, optimizer)
+    carry_out(model, plan, optimizer)
+    return plan.report
+
+
+def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> SwapReport:
+    """Thaws what :func:`sparsify_` froze: the very same dense modules and parameters are back, in place.
+
+    Args:
+        optimizer: the one that ``sparsify_`` was given, if any.
+
+    Returns:
+        A report, layer by layer.
+
+    Raises:
+        SwapError: if nothing is frozen, or the optimizer does not hold the sparse layers' values. Nothing is changed
+        then.
+    """
+    _check_model(model)
+    layers = sparse_layers(model)
+    frozen = bool(layers) or (optimizer is not None and any("active" in s for s in optimizer.state.values()))
+    if not frozen:
+        raise SwapError(expected("model", "sparse layers", "a model without any"))
+    if optimizer is not None:
+        groups = _held(optimizer)
+        for name, layer in layers.items():
+            if layer.values.requires_grad and id(layer.values) not in groups:
+                raise SwapError(expected("optimizer", f"one that holds the parameter '{name}.values'", "one without it"))
+    thaw(model, optimizer)
+    return SwapReport(
+        [
+            LayerReport(n, type(m).__name__, m.pattern.shape, m.pattern.nnz, "dense", "thawed")
+            for n, m in layers.items()
+        ]
+    )
+
+
+def thaw(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, keep_grads: bool = True) -> None:
+    """densify_ without its checks."""
+    places = _Places(model)
+    for layer in dict.fromkeys(sparse_layers(model).values()):
+        dense = layer.origin()
+        weight = dense.weight
+        weight.data = layer.weight
+        if layer.channels_last:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        if keep_grads and layer.values.grad is not None:
+            weight.grad = layer.pattern.scatter(layer.values.grad)
+        weight.requires_grad_(layer.values.requires_grad)
+        dense.train(layer.training)
+        places.replace(layer, dense)
+        if optimizer is not None:
+            _return_state(optimizer, layer, weight)
+    if optimizer is not None:
+        for state in optimizer.state.values():
+            state.pop("active", None)
+
+
+def _replace_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> dict[str, Any] | None:
+    """Puts ``new`` where ``old`` stood; returns the state of ``old``, or None where it had none."""
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            if p is old:
+                group["params"][i] = new
+    return optimizer.state.pop(old, None)
+
+
+def _follows(value: Any, shape: tuple[int, ...]) -> bool:
+    return isinstance(value, torch.Tensor) and tuple(value.shape) == shape
+
+
+def _carry_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, layer: SparseLayer) -> None:
+    state = _replace_parameter(optimizer, weight, layer.values)
+    if not state:
+        return
+    if "frozen" not in state:  # else a checkpoint of this phase was loaded before the swap
+        aside = {k: s for k, s in state.items() if _follows(s, layer.pattern.shape)}
+        state = {k: layer.pattern.gather(s) if k in aside else s for k, s in state.items()}
+        state["frozen"] = aside
+    optimizer.state[layer.values] = state
+
+
+def _return_state(optimizer: torch.optim.Optimizer, layer: SparseLayer, weight: nn.Parameter) -> None:
+    state = _replace_parameter(optimizer, layer.values, weight)
+    if not state:
+        return
+    aside = state.pop("frozen", {})
+    pattern = layer.pattern
+    for key, value in state.items():
+        if _follows(value, (pattern.nnz,)):
+            out = aside[key].contiguous() if key in aside else None
+            state[key] = pattern.scatter(value, out)
+    optimizer.state[weight] = state
+
+
+def iter_weights(model: nn.Module) -> Iterator[tuple[str, int, int]]:
+    """(name, active weights, all weights) of every linear and convolution layer, sparse or dense."""
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLayer):
+            yield name, module.pattern.nnz, math.prod(module.pattern.shape)
+        elif isinstance(module, REGULARISED):
+            yield name, int(module.weight.detach().count_nonzero()), module.weight.numel()

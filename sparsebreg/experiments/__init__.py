@@ -1,0 +1,1 @@
+"""Data sets, training runs, comparisons and the command line."""

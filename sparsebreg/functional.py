@@ -1,0 +1,131 @@
+"""Differentiable sparse operations: checks, the choice of backend, autograd. No parameters here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from sparsebreg import backends
+from sparsebreg.backends import Geometry
+from sparsebreg.errors import check_input, expected
+from sparsebreg.pattern import SparsePattern
+
+__all__ = ["Geometry", "sparse_conv2d", "sparse_linear"]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, values, bias, pattern, backend):
+        ctx.pattern, ctx.backend = pattern, backend
+        ctx.save_for_backward(x if values.requires_grad else None, values)
+        return backend.linear_forward(pattern, x, values, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y):
+        x, values = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        grads = ctx.backend.linear_backward(ctx.pattern, grad_y.contiguous(), x, values, needs)
+        return *grads, None, None
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, values, bias, pattern, geometry, backend):
+        ctx.pattern, ctx.geometry, ctx.backend, ctx.x_shape = pattern, geometry, backend, x.shape
+        ctx.save_for_backward(x if values.requires_grad else None, values)
+        return backend.conv2d_forward(pattern, x, values, bias, geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y):
+        x, values = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        grads = ctx.backend.conv2d_backward(
+            ctx.pattern, grad_y.contiguous(), x, values, ctx.geometry, ctx.x_shape, needs
+        )
+        return *grads, None, None, None
+
+
+def _check_parameters(values: torch.Tensor, bias: torch.Tensor | None, pattern: SparsePattern) -> None:
+    if not isinstance(values, torch.Tensor) or values.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            expected("values", "a float32 or float64 tensor", getattr(values, "dtype", type(values).__name__))
+        )
+    check_input("values", values, values.dtype)
+    if values.shape != (pattern.nnz,):
+        raise ValueError(expected("values", f"shape ({pattern.nnz},)", tuple(values.shape)))
+    if bias is not None:
+        check_input("bias", bias, values.dtype)
+        if bias.shape != (pattern.rows,):
+            raise ValueError(expected("bias", f"shape ({pattern.rows},)", tuple(bias.shape)))
+
+
+def sparse_linear(
+    x: torch.Tensor, pattern: SparsePattern, values: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``x Wᵀ + b`` for the matrix W that holds ``values`` at the places of ``pattern``.
+
+    Differentiable (once) in x, values and bias.
+
+    Args:
+        x: (..., in_features), float32 or float64, on the CPU.
+        pattern: of shape (out_features, in_features).
+        values: (nnz,), dtype of x.
+        bias: (out_features,), dtype of x.
+
+    Returns:
+        (..., out_features).
+
+    Raises:
+        TypeError, ValueError: naming the argument, for a wrong dtype, device, layout or shape.
+    """
+    _check_parameters(values, bias, pattern)
+    check_input("x", x, values.dtype)
+    if len(pattern.shape) != 2:
+        raise ValueError(expected("pattern", "the shape of a linear weight (2 sizes)", pattern.shape))
+    if x.dim() == 0 or x.shape[-1] != pattern.cols:
+        raise ValueError(expected("x", f"shape (..., {pattern.cols})", tuple(x.shape)))
+    flat = x.contiguous() if x.dim() == 2 else x.reshape(-1, pattern.cols).contiguous()
+    y = _Linear.apply(flat, values.contiguous(), bias, pattern, backends.current())
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], pattern.rows)
+
+
+def sparse_conv2d(
+    x: torch.Tensor,
+    pattern: SparsePattern,
+    values: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    geometry: Geometry = Geometry(),
+) -> torch.Tensor:
+    """2-D cross-correlation with the weight that holds ``values`` at the places of ``pattern``; zero padding.
+
+    Differentiable (once) in x, values and bias.
+
+    Args:
+        x: (N, IC, H, W) or (IC, H, W), float32 or float64, on the CPU.
+        pattern: of shape (OC, IC / groups, KH, KW).
+        values: (nnz,), dtype of x.
+        bias: (OC,), dtype of x.
+        geometry: stride, padding, dilation, groups.
+
+    Returns:
+        (N, OC, OH, OW) or (OC, OH, OW), contiguous.
+
+    Raises:
+        TypeError, ValueError: naming the argument, for a wrong dtype, device, layout or shape.
+    """
+    _check_parameters(values, bias, pattern)
+    check_input("x", x, values.dtype)
+    if len(pattern.shape) != 4:
+        raise ValueError(expected("pattern", "the shape of a 2-D convolution's weight (4 sizes)", pattern.shape))
+    channels = pattern.shape[1] * geometry.groups
+    if x.dim() not in (3, 4) or x.shape[-3] != channels:
+        raise ValueError(expected("x", f"shape (N, {channels}, H, W)", tuple(x.shape)))
+    if min(geometry.output_size(x.shape[-2:], pattern.shape[2:])) < 1:
+        raise ValueError(expected("x", f"an image that the kernel {pattern.shape[2:]} fits into", tuple(x.shape)))
+    batch = x if x.dim() == 4 else x.unsqueeze(0)
+    y = _Conv2d.apply(batch.contiguous(), values.contiguous(), bias, pattern, geometry, backends.current())
+    return y if x.dim() == 4 else y.squeeze(0)

@@ -1,0 +1,151 @@
+"""The multilevel cycle: one fine step on all weights, then coarse steps on a frozen pattern.
+
+The only place that changes a pattern during training. Source: Lunk, Scott, Bungert, arXiv 2602.03535, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from sparsebreg.convert import Filter, Plan, SparsifyConfig, SwapReport, carry_out, plan_freeze, sparse_layers, thaw
+from sparsebreg.errors import SwapError, check_choice, check_int, expected
+from sparsebreg.optim.base import BregmanOptimizer
+from sparsebreg.pattern import SparsePattern
+
+PHASES = ("fine", "coarse")
+
+
+class Multilevel:
+    """Owns the cycle: steps the optimizer, freezes the pattern after a fine step, thaws it after the coarse ones.
+
+    Call :meth:`step` where ``optimizer.step()`` stood. While the pattern is frozen the model's layers are sparse ones,
+    and weights, dual variables and momentum outside of the pattern stand still.
+
+    Args:
+        model: the model, dense.
+        optimizer: a Bregman optimizer that holds all trainable parameters of the model.
+        coarse_steps: m, coarse steps per fine step; 0: the optimizer alone.
+        config, filter_fn: which layers become sparse; as for :func:`sparsebreg.sparsify_`. The others are frozen all
+            the same, as masked dense weights.
+
+    Attributes:
+        phase: "fine" or "coarse": what the next step is.
+        coarse_done: coarse steps since the freeze.
+        report: what the latest freeze did, or None.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument; SwapError (a ValueError) for a model that cannot be swapped, or an
+        optimizer that does not hold its parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: BregmanOptimizer,
+        coarse_steps: int = 99,
+        config: SparsifyConfig | None = None,
+        filter_fn: Filter | None = None,
+    ) -> None:
+        self.coarse_steps = check_int("coarse_steps", coarse_steps, low=0)
+        if not isinstance(optimizer, BregmanOptimizer):
+            raise TypeError(expected("optimizer", "a Bregman optimizer such as LinBreg", type(optimizer).__name__))
+        self.model, self.optimizer = model, optimizer
+        self.config = config or SparsifyConfig()
+        self.filter_fn = filter_fn
+        plan_freeze(model, self.config, filter_fn, None)  # raises for a model that cannot be swapped
+        held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+        if missing := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
+            raise SwapError(
+                expected("optimizer", "one that holds all trainable parameters of the model", f"one without '{missing[0]}'")
+            )
+        self.phase = "fine"
+        self.coarse_done = 0
+        self.report: SwapReport | None = None
+        self._patterns: dict[str, SparsePattern] = {}
+        self._masks: dict[str, Any] = {}
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the optimizer, and the phase change where one is due. Returns what ``closure`` returned.
+
+        Gradients do not survive a phase change; call ``zero_grad`` before every backward pass as usual.
+        """
+        loss = self.optimizer.step(closure)
+        if self.phase == "fine":
+            if self.coarse_steps:
+                self.freeze()
+        else:
+            self.coarse_done += 1
+            if self.coarse_done >= self.coarse_steps:
+                self.thaw()
+        return loss
+
+    def freeze(self) -> SwapReport:
+        """Freezes the current pattern; the next step is a coarse one. Raises SwapError if it is frozen already."""
+        plan = plan_freeze(self.model, self.config, self.filter_fn, self.optimizer)
+        self._carry_out(plan)
+        self.phase, self.coarse_done = "coarse", 0
+        return plan.report
+
+    def thaw(self) -> None:
+        """Thaws; the next step is a fine one. Call it at the end of training to have the dense model back."""
+        thaw(self.model, self.optimizer, keep_grads=False)
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
+        self.phase, self.coarse_done = "fine", 0
+        self._patterns, self._masks = {}, {}
+
+    def _carry_out(self, plan: Plan) -> None:
+        carry_out(self.model, plan, self.optimizer, keep_grads=False)
+        self._patterns, self._masks, self.report = plan.patterns, plan.masks, plan.report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Phase, counters and patterns as plain data; loads with ``torch.load(weights_only=True)``.
+
+        Save it beside the model's and the optimizer's.
+        """
+        return {
+            "coarse_steps": self.coarse_steps,
+            "phase": self.phase,
+            "coarse_done": self.coarse_done,
+            "patterns": {n: p.state_dict() for n, p in self._patterns.items()},
+            "masks": dict(self._masks),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Brings the model into the saved phase, with the saved patterns.
+
+        Load this before the model's and the optimizer's state.
+
+        Raises:
+            ValueError: naming what does not fit this model; nothing is changed then.
+        """
+        phase = check_choice("phase", state["phase"], PHASES)
+        coarse_steps = check_int("coarse_steps", state["coarse_steps"], low=0)
+        coarse_done = check_int("coarse_done", state["coarse_done"], low=0)
+        patterns = {n: SparsePattern.from_state_dict(s) for n, s in state["patterns"].items()}
+        masks = dict(state["masks"])
+        current = sparse_layers(self.model)
+        modules = dict(self.model.named_modules())
+        for name, pattern in patterns.items():
+            module = modules.get(name)
+            shape = getattr(module, "pattern", getattr(module, "weight", None))
+            if shape is None or tuple(shape.shape) != pattern.shape:
+                raise ValueError(
+                    expected(f"patterns['{name}']", f"shape {tuple(shape.shape) if shape is not None else 'of a layer'}", pattern.shape)
+                )
+        parameters = {n.removesuffix(".values") + ".weight" if n.endswith(".values") else n: p for n, p in self.model.named_parameters()}
+        for name in masks:
+            if name not in parameters:
+                raise ValueError(expected("masks", "names of the model's parameters", repr(name)))
+        if current or self._masks:
+            self.thaw()
+        if phase == "coarse":
+            self._carry_out(Plan(patterns, {n: m.bool() for n, m in masks.items()}, SwapReport()))
+        self.phase, self.coarse_done, self.coarse_steps = phase, coarse_done, coarse_steps
+
+    def __repr__(self) -> str:
+        return f"Multilevel(coarse_steps={self.coarse_steps}, phase={self.phase}, coarse_done={self.coarse_done})"

@@ -1,0 +1,246 @@
+"""Sparse layers: parameters and state, no maths.
+
+A layer holds the active weights as the parameter ``values`` and their places as ``pattern``. Its ``state_dict`` is that
+of the dense layer (``weight``, ``bias``), so checkpoints go both ways.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsebreg import functional
+from sparsebreg.errors import SwapError, expected
+from sparsebreg.functional import Geometry
+from sparsebreg.pattern import SparsePattern
+
+__all__ = ["SparseConv2d", "SparseLayer", "SparseLinear"]
+
+
+class SparseLayer(nn.Module):
+    """What the sparse layers share. Not for use by itself."""
+
+    pattern: SparsePattern
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    channels_last = False
+
+    def __init__(self, module: nn.Module, pattern: SparsePattern) -> None:
+        super().__init__()
+        weight = module.weight
+        self.pattern = pattern
+        self.values = nn.Parameter(pattern.gather(weight), requires_grad=weight.requires_grad)
+        self.register_parameter("bias", module.bias)
+        self.train(module.training)
+
+    def swap_for(self, module: nn.Module) -> None:
+        """Takes the place of ``module``: its hooks fire here, and :meth:`origin` gives it back."""
+        weight = module.weight
+        # Not a submodule: its emptied weight is no parameter of the model.
+        self.__dict__["_origin"] = module
+        self.__dict__["channels_last"] = (
+            weight.dim() == 4
+            and weight.is_contiguous(memory_format=torch.channels_last)
+            and not weight.is_contiguous()
+        )
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            self.__dict__[name] = module.__dict__[name]  # the same dictionary: handles given out stay valid
+        for name in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
+            self.__dict__[name] = module.__dict__[name]
+        self.__dict__["_is_full_backward_hook"] = module.__dict__["_is_full_backward_hook"]
+
+    def origin(self) -> nn.Module:
+        """The dense module that this layer stands for (its weight is empty meanwhile), or a new one."""
+        return self.__dict__.get("_origin") or self.to_dense()
+
+    def to_dense(self) -> nn.Module:
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight, made anew at every access; writing to it changes nothing."""
+        return self.pattern.scatter(self.values)
+
+    @property
+    def density(self) -> float:
+        return self.pattern.density
+
+    def _dense(self, cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+        options = {"device": "meta", "dtype": self.values.dtype}
+        module = cls(*args, bias=self.bias is not None, **kwargs, **options)
+        module.weight = nn.Parameter(self.weight, requires_grad=self.values.requires_grad)
+        if self.bias is not None:
+            module.bias = self.bias
+        return module.train(self.training)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        known = {"weight": prefix + "weight", "bias": prefix + "bias"}
+        if self.bias is None:
+            del known["bias"]
+        found = {name: state_dict[key] for name, key in known.items() if key in state_dict}
+        if strict:
+            missing_keys += [known[name] for name in known.keys() - found.keys()]
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known.values()]
+        problems = []
+        if (weight := found.get("weight")) is not None:
+            if tuple(weight.shape) != self.pattern.shape:
+                problems.append(expected(known["weight"], f"shape {self.pattern.shape}", tuple(weight.shape)))
+            else:
+                gathered = self.pattern.gather(weight)
+                outside = int(weight.count_nonzero()) - int(gathered.count_nonzero())
+                if outside:
+                    problems.append(
+                        expected(known["weight"], "zeros outside of the frozen pattern", f"{outside} other weights")
+                        + " (densify the model first)"
+                    )
+        if (bias := found.get("bias")) is not None and bias.shape != self.bias.shape:
+            problems.append(expected(known["bias"], f"shape {tuple(self.bias.shape)}", tuple(bias.shape)))
+        error_msgs += problems
+        if problems:
+            return
+        with torch.no_grad():
+            if weight is not None:
+                self.values.copy_(gathered)
+            if bias is not None:
+                self.bias.copy_(bias)
+
+    def _sizes(self) -> str:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        p = self.pattern
+        bias = "" if self.bias is not None else ", bias=False"
+        return f"{self._sizes()}{bias}, nnz={p.nnz} of {p.rows * p.cols} ({p.density:.2%})"
+
+
+def unsupported(module: nn.Module) -> str:
+    """Why this module has no sparse form; an empty string where it has one."""
+    if type(module) not in (nn.Linear, nn.Conv2d):
+        return f"{type(module).__name__} has no sparse form"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is not a plain parameter (pruned or parametrized)"
+    if weight.dtype not in (torch.float32, torch.float64):
+        return f"weights of dtype {weight.dtype} are not supported"
+    if weight.device.type != "cpu":
+        return f"weights on {weight.device} are not supported"
+    if isinstance(module, nn.Conv2d):
+        if module.padding_mode != "zeros":
+            return f"padding_mode '{module.padding_mode}' is not supported"
+        if module.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)):
+            return "padding 'same' that differs between the sides is not supported"
+    return ""
+
+
+def _pattern_of(module: nn.Module, kind: type[nn.Module], mask: torch.Tensor | None) -> SparsePattern:
+    if not isinstance(module, kind):
+        raise TypeError(expected("m", f"a torch.nn.{kind.__name__}", type(module).__name__))
+    if why := unsupported(module):
+        raise SwapError(f"m: {why}")
+    if mask is None:
+        mask = module.weight.detach() != 0
+    elif not isinstance(mask, torch.Tensor) or mask.shape != module.weight.shape:
+        raise ValueError(
+            expected("mask", f"shape {tuple(module.weight.shape)}", tuple(getattr(mask, "shape", ())))
+        )
+    return SparsePattern.from_mask(mask)
+
+
+class SparseLinear(SparseLayer):
+    """A linear layer that stores and computes its active weights only. Made by :meth:`from_dense`.
+
+    Shapes as ``torch.nn.Linear``: (..., in_features) to (..., out_features).
+    """
+
+    def __init__(self, module: nn.Linear, pattern: SparsePattern) -> None:
+        super().__init__(module, pattern)
+        self.in_features, self.out_features = module.in_features, module.out_features
+
+    @classmethod
+    def from_dense(cls, m: nn.Linear, mask: torch.Tensor | None = None) -> SparseLinear:
+        """The sparse form of a dense layer; the bias parameter is shared.
+
+        Args:
+            m: the layer; it is not changed.
+            mask: boolean, of the weight's shape; the active weights. Default: the nonzero ones. Weights outside are
+                dropped.
+
+        Raises:
+            SwapError: for a layer without a sparse form. TypeError, ValueError: for a mask of another dtype or shape.
+        """
+        return cls(m, _pattern_of(m, nn.Linear, mask))
+
+    def to_dense(self) -> nn.Linear:
+        """A dense layer with the same weights; the bias parameter is shared."""
+        return self._dense(nn.Linear, self.in_features, self.out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.sparse_linear(x, self.pattern, self.values, self.bias)
+
+    def _sizes(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class SparseConv2d(SparseLayer):
+    """A 2-D convolution that stores and computes its active weights only. Made by :meth:`from_dense`.
+
+    Shapes as ``torch.nn.Conv2d``: (N, IC, H, W) to (N, OC, OH, OW). Zero padding; any kernel, stride, dilation, groups.
+    """
+
+    def __init__(self, module: nn.Conv2d, pattern: SparsePattern) -> None:
+        super().__init__(module, pattern)
+        self.in_channels, self.out_channels = module.in_channels, module.out_channels
+        self.kernel_size = tuple(module.kernel_size)
+        padding = module.padding
+        if isinstance(padding, str):
+            same = tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, self.kernel_size, strict=True))
+            padding = same if padding == "same" else (0, 0)
+        self.geometry = Geometry(tuple(module.stride), tuple(padding), tuple(module.dilation), module.groups)
+
+    @classmethod
+    def from_dense(cls, m: nn.Conv2d, mask: torch.Tensor | None = None) -> SparseConv2d:
+        """The sparse form of a dense convolution; the bias parameter is shared.
+
+        Args:
+            m: the layer; it is not changed.
+            mask: boolean, of the weight's shape; the active weights. Default: the nonzero ones. Weights outside are
+                dropped.
+
+        Raises:
+            SwapError: for a layer without a sparse form (padding modes other than zeros, for one). TypeError,
+            ValueError: for a mask of another dtype or shape.
+        """
+        return cls(m, _pattern_of(m, nn.Conv2d, mask))
+
+    def to_dense(self) -> nn.Conv2d:
+        """A dense convolution with the same weights; the bias parameter is shared."""
+        return self._dense(nn.Conv2d, self.in_channels, self.out_channels, self.kernel_size, **self.geometry._asdict())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.sparse_conv2d(x, self.pattern, self.values, self.bias, self.geometry)
+
+    def _sizes(self) -> str:
+        g = self.geometry
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={g.stride}"
+        for name in ("padding", "dilation", "groups"):
+            if (value := getattr(g, name)) != Geometry._field_defaults[name]:
+                text += f", {name}={value}"
+        return text
+
+
+def sparse_form(module: nn.Module, pattern: SparsePattern) -> SparseLayer:
+    """The sparse layer that takes the place of ``module``."""
+    layer = (SparseLinear if isinstance(module, nn.Linear) else SparseConv2d)(module, pattern)
+    layer.swap_for(module)
+    return layer

@@ -1,0 +1,75 @@
+"""Linearized Bregman iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from sparsebreg.errors import check_real, expected
+from sparsebreg.optim.base import BregmanOptimizer
+from sparsebreg.regularizers import Regularizer
+
+
+class LinBreg(BregmanOptimizer):
+    """Stochastic linearized Bregman iterations, with momentum.
+
+    For a gradient g of the loss at θ, plus ``weight_decay · θ``::
+
+        m ← β m + (1 − β) τ g ,   v ← v − m ,   θ ← prox_{δJ}(δ v)
+
+    starting from v = θ/δ + ∂J(θ) and m = 0. Without a regularizer and with δ = 1 this is ``torch.optim.SGD`` with
+    ``lr = (1 − β) τ`` and momentum β.
+
+    Source: Bungert, Roith, Tenbrinck, Burger, JMLR 23 (2022), Algorithms 1 and 2.
+
+    Args:
+        params: parameters, or groups as made by :func:`sparsebreg.param_groups`.
+        lr: the step τ, at least 0.
+        momentum: β in [0, 1).
+        delta: the elastic-net parameter δ, above 0.
+        weight_decay: at least 0.
+        reg: the regularizer J of groups that do not bring their own; default: none.
+        maximize: ascend instead.
+
+    Raises:
+        TypeError, ValueError: naming the option.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        delta: float = 1.0,
+        weight_decay: float = 0.0,
+        reg: Regularizer | None = None,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "delta": delta,
+                "weight_decay": weight_decay,
+                "reg": reg,
+                "maximize": maximize,
+            },
+        )
+
+    def _check(self, options: dict[str, Any]) -> None:
+        super()._check(options)
+        if check_real("momentum", options["momentum"], low=0) >= 1:
+            raise ValueError(expected("momentum", "a number below 1", options["momentum"]))
+
+    def _move_dual(self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        lr, beta = group["lr"], group["momentum"]
+        if beta == 0:
+            state["dual"].sub_(grad, alpha=lr)
+            return
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        m = state["momentum_buffer"].mul_(beta).add_(grad, alpha=(1 - beta) * lr)
+        state["dual"].sub_(m)

@@ -1,0 +1,218 @@
+"""The sparsity pattern: which weights of a layer are active while a phase is static."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsebreg._extension import native
+from sparsebreg.errors import expected
+
+_INT32_MAX = 2**31 - 1
+
+
+def _int32(name: str, t: Any, size: int) -> torch.Tensor:
+    if not isinstance(t, torch.Tensor) or t.dtype is not torch.int32 or t.device.type != "cpu":
+        raise TypeError(expected(name, "an int32 tensor on the CPU", getattr(t, "dtype", type(t).__name__)))
+    if t.shape != (size,):
+        raise ValueError(expected(name, f"shape ({size},)", tuple(t.shape)))
+    return t.contiguous()
+
+
+def _transpose(rows: int, cols: int, rowptr: torch.Tensor, col: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(colptr, row, csc_to_csr) of a CSR index with bounds already checked."""
+    if (C := native()) is not None:
+        return tuple(torch.from_numpy(a) for a in C.transpose(rows, cols, rowptr.numpy(), col.numpy()))
+    # A stable sort by column keeps the rows of a column ascending.
+    order = np.argsort(col.numpy(), kind="stable").astype(np.int32)
+    row = np.repeat(np.arange(rows, dtype=np.int32), np.diff(rowptr.numpy()))[order]
+    colptr = np.zeros(cols + 1, dtype=np.int32)
+    np.cumsum(np.bincount(col.numpy(), minlength=cols), out=colptr[1:])
+    return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in (colptr, row, order))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SparsePattern:
+    """The places of the active weights of one layer, without their values.
+
+    The dense weight of ``shape`` is seen as a matrix: a row is an output feature or channel, a column an input
+    feature or, for a convolution, an (input channel within the group, ky, kx). Weight number k of the ``nnz`` active
+    ones, counted row by row, is ``values[k]``.
+
+    Args:
+        shape: shape of the dense weight, two dimensions or more.
+        rowptr: (rows + 1,) int32, start of each row in ``col``.
+        col: (nnz,) int32, columns, strictly ascending inside each row.
+
+    Attributes:
+        colptr, row, csc_to_csr: the transposed index: column c holds the rows ``row[colptr[c]:colptr[c + 1]]``, and the
+            k-th entry in column order is number ``csc_to_csr[k]`` in row order. Derived; int32.
+
+    Raises:
+        TypeError, ValueError: for an index that is not a valid CSR index of that shape.
+    """
+
+    shape: tuple[int, ...]
+    rowptr: torch.Tensor
+    col: torch.Tensor
+    colptr: torch.Tensor = field(init=False)
+    row: torch.Tensor = field(init=False)
+    csc_to_csr: torch.Tensor = field(init=False)
+    _cache: dict[Any, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        shape = tuple(int(s) for s in self.shape)
+        if len(shape) < 2 or min(shape) < 0:
+            raise ValueError(expected("shape", "two or more sizes of at least 0", shape))
+        rows, cols = shape[0], math.prod(shape[1:])
+        if max(rows, cols) > _INT32_MAX:
+            raise ValueError(expected("shape", f"at most {_INT32_MAX} rows and columns", shape))
+        put = object.__setattr__
+        put(self, "shape", shape)
+        put(self, "rowptr", _int32("rowptr", self.rowptr, rows + 1))
+        put(self, "col", _int32("col", self.col, len(self.col) if isinstance(self.col, torch.Tensor) else 0))
+        ptr, col = self.rowptr.numpy(), self.col.numpy()
+        if ptr[0] != 0 or ptr[-1] != len(col) or (np.diff(ptr) < 0).any():
+            raise ValueError(expected("rowptr", f"values that never fall, from 0 to {len(col)}", "others"))
+        if len(col) and (col.min() < 0 or col.max() >= cols):
+            raise ValueError(expected("col", f"indices from 0 to {cols - 1}", f"{col.min()} to {col.max()}"))
+        rising = np.diff(col) > 0
+        starts = ptr[1:-1]
+        rising[starts[(starts > 0) & (starts < len(col))] - 1] = True  # a new row may start lower
+        if not rising.all():
+            raise ValueError(expected("col", "strictly ascending indices inside each row", "others"))
+        for name, value in zip(("colptr", "row", "csc_to_csr"), _transpose(rows, cols, self.rowptr, self.col), strict=True):
+            put(self, name, value)
+        put(self, "_cache", {})
+
+    @classmethod
+    def from_mask(cls, mask: torch.Tensor) -> SparsePattern:
+        """The pattern of a boolean mask of the dense weight's shape (two dimensions or more).
+
+        Raises:
+            TypeError: for a mask that is not a boolean tensor.
+            ValueError: for fewer than two dimensions, or more than 2**31 - 1 active weights.
+        """
+        if not isinstance(mask, torch.Tensor) or mask.dtype is not torch.bool:
+            raise TypeError(expected("mask", "a boolean tensor", getattr(mask, "dtype", type(mask).__name__)))
+        if mask.dim() < 2:
+            raise ValueError(expected("mask", "two or more dimensions", mask.dim()))
+        rows = mask.shape[0]
+        flat = mask.detach().cpu().reshape(rows, math.prod(mask.shape[1:])).contiguous().numpy()
+        if (C := native()) is not None:
+            rowptr, col = C.csr_from_mask(flat, torch.get_num_threads())
+        else:
+            counts = np.count_nonzero(flat, axis=1)
+            if counts.sum() > _INT32_MAX:
+                raise ValueError(expected("mask", f"at most {_INT32_MAX} nonzeros", counts.sum()))
+            rowptr = np.zeros(rows + 1, dtype=np.int32)
+            np.cumsum(counts, out=rowptr[1:])
+            col = np.nonzero(flat)[1].astype(np.int32)
+        return cls(tuple(mask.shape), torch.from_numpy(rowptr), torch.from_numpy(col))
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def cols(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
+    def nnz(self) -> int:
+        return len(self.col)
+
+    @property
+    def density(self) -> float:
+        """Active weights as a fraction of all; 0 for an empty shape."""
+        return self.nnz / max(1, self.rows * self.cols)
+
+    def cached(self, key: Any, make: Any) -> Any:
+        """What ``make()`` returned for this key; backends keep what they derive from the pattern here."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    def native_index(self) -> Any:
+        """The extension's validated copy of the index."""
+        return self.cached("native", self._make_native)
+
+    def _make_native(self) -> Any:
+        arrays = (t.numpy() for t in (self.rowptr, self.col, self.colptr, self.row, self.csc_to_csr))
+        return native().Index(self.rows, self.cols, *arrays)  # type: ignore[union-attr]
+
+    def flat_index(self) -> torch.Tensor:
+        """(nnz,) int64: places of the active weights in the flattened dense weight."""
+        return self.cached("flat", self._make_flat)
+
+    def _make_flat(self) -> torch.Tensor:
+        counts = self.rowptr.diff().long()
+        return torch.repeat_interleave(torch.arange(self.rows), counts) * self.cols + self.col.long()
+
+    def gather(self, dense: torch.Tensor) -> torch.Tensor:
+        """(nnz,) values of a dense tensor of the pattern's shape, at the active places. A copy, without autograd."""
+        if tuple(dense.shape) != self.shape:
+            raise ValueError(expected("dense", f"shape {self.shape}", tuple(dense.shape)))
+        dense = dense.detach().contiguous()
+        if (C := native()) is not None and dense.dtype in (torch.float32, torch.float64):
+            values = dense.new_empty(self.nnz)
+            C.gather(self.native_index(), dense.numpy(), values.numpy(), torch.get_num_threads())
+            return values
+        return dense.reshape(-1)[self.flat_index()]
+
+    def scatter(self, values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The dense tensor that holds ``values`` at the active places.
+
+        Args:
+            values: (nnz,) tensor.
+            out: contiguous dense tensor of the pattern's shape to write into; its other places keep what they hold.
+                Without it a new tensor, zero elsewhere.
+        """
+        if tuple(values.shape) != (self.nnz,):
+            raise ValueError(expected("values", f"shape ({self.nnz},)", tuple(values.shape)))
+        values = values.detach().contiguous()
+        if out is None:
+            out = values.new_zeros(self.shape)
+        elif tuple(out.shape) != self.shape or not out.is_contiguous() or out.dtype is not values.dtype:
+            raise ValueError(
+                expected("out", f"a contiguous {values.dtype} tensor of shape {self.shape}", f"{out.dtype} {tuple(out.shape)}")
+            )
+        if (C := native()) is not None and values.dtype in (torch.float32, torch.float64):
+            C.scatter(self.native_index(), values.numpy(), out.detach().numpy(), torch.get_num_threads())
+        else:
+            out.detach().view(-1)[self.flat_index()] = values
+        return out
+
+    def mask(self) -> torch.Tensor:
+        """Boolean mask of the dense weight's shape."""
+        mask = torch.zeros(self.shape, dtype=torch.bool)
+        mask.view(-1)[self.flat_index()] = True
+        return mask
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data from which ``from_state_dict`` makes the same pattern."""
+        return {"shape": list(self.shape), "rowptr": self.rowptr, "col": self.col}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> SparsePattern:
+        return cls(tuple(state["shape"]), state["rowptr"], state["col"])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SparsePattern):
+            return NotImplemented
+        return self.shape == other.shape and torch.equal(self.rowptr, other.rowptr) and torch.equal(self.col, other.col)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"SparsePattern(shape={self.shape}, nnz={self.nnz}, density={self.density:.2%})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparsePattern:
+        return self  # frozen: a copy may share it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SparsePattern, (self.shape, self.rowptr, self.col)

@@ -26,8 +26,8 @@ std::string dtype_name(const py::array& a) { return py::str(static_cast<py::hand
 
 void check(const char* name, const py::array& a, const py::dtype& dtype, int64_t size, bool writable) {
   if (!a.dtype().is(dtype) && !a.dtype().equal(dtype))
-    throw py::type_error(std::string(name) + ": expected dtype " + std::string(py::str(static_cast<py::handle>(dtype))) +
-                         ", got " + dtype_name(a));
+    throw py::type_error(std::string(name) + ": expected dtype " +
+                         std::string(py::str(static_cast<py::handle>(dtype))) + ", got " + dtype_name(a));
   if (!(a.flags() & py::array::c_style)) refuse(name, "a C-contiguous array", "a strided one");
   if (int64_t(a.size()) != size) refuse(name, std::to_string(size) + " elements", std::to_string(a.size()));
   if (writable && !a.writeable()) refuse(name, "a writable array", "a read-only one");
@@ -84,7 +84,8 @@ class NativeIndex {
     const size_t e = copy(in<int32_t>("csc_to_csr", csc_to_csr, nnz), nnz);
     const int32_t* s = storage_.data();
     index = Index{rows, cols, nnz, s + a, s + b, s + c, s + d, s + e};
-    const char* wrong = check_index(rows, cols, nnz, index.rowptr, index.col, index.colptr, index.row, index.csc_to_csr);
+    const char* wrong =
+        check_index(rows, cols, nnz, index.rowptr, index.col, index.colptr, index.row, index.csc_to_csr);
     if (wrong) throw py::value_error(wrong);
   }
 
@@ -167,13 +168,13 @@ void linear_backward(const NativeIndex& pattern, int64_t N, const py::array& gra
   });
 }
 
-
 template <class T>
 ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, bool x_lanes,
                       bool y_lanes) {
   check_batch(N);
   if (geometry.size() != 13)
-    refuse("geometry", "(IC, H, W, OC, KH, KW, SH, SW, PH, PW, DH, DW, G)", std::to_string(geometry.size()) + " numbers");
+    refuse("geometry", "(IC, H, W, OC, KH, KW, SH, SW, PH, PW, DH, DW, G)",
+           std::to_string(geometry.size()) + " numbers");
   ConvArgs<T> a{};
   a.index = pattern.index;
   a.N = N;
@@ -193,7 +194,8 @@ ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<i
   if (a.index.rows != a.OC || a.index.cols != int64_t(a.IC / a.G) * a.KH * a.KW)
     refuse("geometry", "channels and kernel size of the pattern's shape", "others");
   // Offsets inside a band are int32. A band is at least a tile high; bound it from above.
-  const int64_t high = std::max(a.H, a.OH) + reach_y + 2 * int64_t(a.PH) + 8, wide = a.W + a.OW + 2 * int64_t(a.PW) + reach_x + 32;
+  const int64_t high = std::max(a.H, a.OH) + reach_y + 2 * int64_t(a.PH) + 8,
+                wide = a.W + a.OW + 2 * int64_t(a.PW) + reach_x + 32;
   const int64_t band_rows = std::min<int64_t>(high, reach_y + 8 + (int64_t(1) << 20) / (wide * LANES * 4) + 8);
   if (double(std::max(a.IC, a.OC)) * a.SH * a.SW * double(band_rows) * double(wide) * LANES > 2147483647.0)
     refuse("x", "a band of rows of less than 2**31 elements", "a larger image");
@@ -246,10 +248,27 @@ void repack(bool packing, int64_t N, int64_t C, int64_t P, const py::array& src,
   for_dtype(src, [&](auto zero) {
     using T = decltype(zero);
     const Layout from = packing ? Layout::plain : Layout::lanes, to = packing ? Layout::lanes : Layout::plain;
-    PackArgs<T> a{N, C, P, in<T>("src", src, padded(N, from) * C * P), out<T>("dst", dst, padded(N, to) * C * P),
+    PackArgs<T> a{N,
+                  C,
+                  P,
+                  in<T>("src", src, padded(N, from) * C * P),
+                  out<T>("dst", dst, padded(N, to) * C * P),
                   team(threads, N * C * P)};
     py::gil_scoped_release nogil;
     (packing ? kernels_of<T>().pack : kernels_of<T>().unpack)(a);
+  });
+}
+
+void linbreg_step(py::array p, const py::array& g, py::array v, Maybe m, double lr, double beta, double delta,
+                  double lam, double weight_decay, bool maximize, int threads) {
+  for_dtype(p, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t n = p.size();
+    StepArgs<T> a{
+        n,   out<T>("p", p, n), in<T>("g", g, n),      out<T>("v", v, n), maybe_out<T>("m", m, n), lr, beta, delta,
+        lam, weight_decay,      maximize ? -1.0 : 1.0, team(threads, n)};
+    py::gil_scoped_release nogil;
+    kernels_of<T>().linbreg_step(a);
   });
 }
 
@@ -321,6 +340,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv2d_forward", &conv2d_forward);
   m.def("conv2d_backward", &conv2d_backward);
   m.def("repack", &repack);
+  m.def("linbreg_step", &linbreg_step);
   m.def("csr_from_mask", &csr_from_mask);
   m.def("transpose", &transpose);
   m.def("gather", &gather_values);

@@ -69,7 +69,7 @@ def info() -> Info:
         isas=native.available_isas() if native else [],
         threads=torch.get_num_threads(),
         openmp=runtimes,
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         python=platform.python_version(),
         machine=f"{platform.system()} {platform.machine()}",
         cpus=os.cpu_count() or 1,

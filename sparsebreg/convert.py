@@ -143,7 +143,9 @@ def plan_freeze(
     """Decides, and changes nothing. Raises SwapError where a swap is not possible."""
     _check_model(model)
     if sparse_layers(model):
-        raise SwapError(expected("model", "dense layers only", "a model that already has sparse layers (densify_ first)"))
+        raise SwapError(
+            expected("model", "dense layers only", "a model that already has sparse layers (densify_ first)")
+        )
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(expected("optimizer", "a torch.optim.Optimizer", type(optimizer).__name__))
     groups = _held(optimizer) if optimizer is not None else {}
@@ -172,16 +174,16 @@ def plan_freeze(
             reason = f"sparsity {sparsity:.2%} is below {config.min_sparsity:.2%}"
         if not reason:
             if optimizer is not None and group is None and weight.requires_grad:
-                raise SwapError(expected("optimizer", f"one that holds the parameter '{name}.weight'", "one without it"))
+                raise SwapError(
+                    expected("optimizer", f"one that holds the parameter '{name}.weight'", "one without it")
+                )
             plan.patterns[name] = SparsePattern.from_mask(mask)
             taken.add(id(weight))
         action = "dense" if reason else "sparse"
         reason = reason or (
             "decide='always'" if config.decide == "always" else f"sparsity of at least {config.min_sparsity:.2%}"
         )
-        plan.report.layers.append(
-            LayerReport(name, type(module).__name__, tuple(weight.shape), nnz, action, reason)
-        )
+        plan.report.layers.append(LayerReport(name, type(module).__name__, tuple(weight.shape), nnz, action, reason))
     if bregman:
         for name, p in model.named_parameters():
             group = groups.get(id(p))
@@ -262,13 +264,12 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         groups = _held(optimizer)
         for name, layer in layers.items():
             if layer.values.requires_grad and id(layer.values) not in groups:
-                raise SwapError(expected("optimizer", f"one that holds the parameter '{name}.values'", "one without it"))
+                raise SwapError(
+                    expected("optimizer", f"one that holds the parameter '{name}.values'", "one without it")
+                )
     thaw(model, optimizer)
     return SwapReport(
-        [
-            LayerReport(n, type(m).__name__, m.pattern.shape, m.pattern.nnz, "dense", "thawed")
-            for n, m in layers.items()
-        ]
+        [LayerReport(n, type(m).__name__, m.pattern.shape, m.pattern.nnz, "dense", "thawed") for n, m in layers.items()]
     )
 
 

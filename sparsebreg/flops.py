@@ -61,7 +61,9 @@ def per_layer(model: nn.Module, input_shape: Sequence[int]) -> dict[str, float]:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             dense.eval()(torch.zeros(tuple(input_shape), dtype=parameter.dtype))
     except RuntimeError as error:
-        raise ValueError(expected("input_shape", "a shape that the model takes", f"{tuple(input_shape)} ({error})")) from error
+        raise ValueError(
+            expected("input_shape", "a shape that the model takes", f"{tuple(input_shape)} ({error})")
+        ) from error
     finally:
         dense.train(training)
     root = type(dense).__name__

@@ -12,7 +12,9 @@ from sparsebreg.errors import check_int, expected
 __all__ = ["convnet", "mlp"]
 
 
-def mlp(in_shape: Sequence[int] = (1, 28, 28), hidden: Sequence[int] = (1024, 1024), classes: int = 10) -> nn.Sequential:
+def mlp(
+    in_shape: Sequence[int] = (1, 28, 28), hidden: Sequence[int] = (1024, 1024), classes: int = 10
+) -> nn.Sequential:
     """Fully connected network with ReLU between its layers; (N, *in_shape) to (N, classes)."""
     size = 1
     for s in in_shape:

@@ -59,7 +59,9 @@ class Multilevel:
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
         if missing := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
             raise SwapError(
-                expected("optimizer", "one that holds all trainable parameters of the model", f"one without '{missing[0]}'")
+                expected(
+                    "optimizer", "one that holds all trainable parameters of the model", f"one without '{missing[0]}'"
+                )
             )
         self.phase = "fine"
         self.coarse_done = 0
@@ -135,9 +137,16 @@ class Multilevel:
             shape = getattr(module, "pattern", getattr(module, "weight", None))
             if shape is None or tuple(shape.shape) != pattern.shape:
                 raise ValueError(
-                    expected(f"patterns['{name}']", f"shape {tuple(shape.shape) if shape is not None else 'of a layer'}", pattern.shape)
+                    expected(
+                        f"patterns['{name}']",
+                        f"shape {tuple(shape.shape) if shape is not None else 'of a layer'}",
+                        pattern.shape,
+                    )
                 )
-        parameters = {n.removesuffix(".values") + ".weight" if n.endswith(".values") else n: p for n, p in self.model.named_parameters()}
+        parameters = {
+            n.removesuffix(".values") + ".weight" if n.endswith(".values") else n: p
+            for n, p in self.model.named_parameters()
+        }
         for name in masks:
             if name not in parameters:
                 raise ValueError(expected("masks", "names of the model's parameters", repr(name)))

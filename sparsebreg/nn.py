@@ -41,9 +41,7 @@ class SparseLayer(nn.Module):
         # Not a submodule: its emptied weight is no parameter of the model.
         self.__dict__["_origin"] = module
         self.__dict__["channels_last"] = (
-            weight.dim() == 4
-            and weight.is_contiguous(memory_format=torch.channels_last)
-            and not weight.is_contiguous()
+            weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         )
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             self.__dict__[name] = module.__dict__[name]  # the same dictionary: handles given out stay valid
@@ -138,7 +136,9 @@ def unsupported(module: nn.Module) -> str:
     if isinstance(module, nn.Conv2d):
         if module.padding_mode != "zeros":
             return f"padding_mode '{module.padding_mode}' is not supported"
-        if module.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)):
+        if module.padding == "same" and any(
+            d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)
+        ):
             return "padding 'same' that differs between the sides is not supported"
     return ""
 
@@ -151,9 +151,7 @@ def _pattern_of(module: nn.Module, kind: type[nn.Module], mask: torch.Tensor | N
     if mask is None:
         mask = module.weight.detach() != 0
     elif not isinstance(mask, torch.Tensor) or mask.shape != module.weight.shape:
-        raise ValueError(
-            expected("mask", f"shape {tuple(module.weight.shape)}", tuple(getattr(mask, "shape", ())))
-        )
+        raise ValueError(expected("mask", f"shape {tuple(module.weight.shape)}", tuple(getattr(mask, "shape", ()))))
     return SparsePattern.from_mask(mask)
 
 

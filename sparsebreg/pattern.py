@@ -85,7 +85,9 @@ class SparsePattern:
         rising[starts[(starts > 0) & (starts < len(col))] - 1] = True  # a new row may start lower
         if not rising.all():
             raise ValueError(expected("col", "strictly ascending indices inside each row", "others"))
-        for name, value in zip(("colptr", "row", "csc_to_csr"), _transpose(rows, cols, self.rowptr, self.col), strict=True):
+        for name, value in zip(
+            ("colptr", "row", "csc_to_csr"), _transpose(rows, cols, self.rowptr, self.col), strict=True
+        ):
             put(self, name, value)
         put(self, "_cache", {})
 
@@ -179,7 +181,11 @@ class SparsePattern:
             out = values.new_zeros(self.shape)
         elif tuple(out.shape) != self.shape or not out.is_contiguous() or out.dtype is not values.dtype:
             raise ValueError(
-                expected("out", f"a contiguous {values.dtype} tensor of shape {self.shape}", f"{out.dtype} {tuple(out.shape)}")
+                expected(
+                    "out",
+                    f"a contiguous {values.dtype} tensor of shape {self.shape}",
+                    f"{out.dtype} {tuple(out.shape)}",
+                )
             )
         if (C := native()) is not None and values.dtype in (torch.float32, torch.float64):
             C.scatter(self.native_index(), values.numpy(), out.detach().numpy(), torch.get_num_threads())

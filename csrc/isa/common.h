@@ -2,8 +2,6 @@
 // the pragma would be compiled for that set, and an inline function shared with the baseline must never be.
 #pragma once
 
-#include <omp.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <utility>

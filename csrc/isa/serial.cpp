@@ -10,4 +10,3 @@ namespace serial {
 extern const Table serial_table;
 const Table serial_table{"serial", serial::kernels<float>(), serial::kernels<double>()};
 }  // namespace sparsebreg
-

@@ -5,14 +5,14 @@
 // nonzero is a single offset and every load is aligned and contiguous; borders, strides and dilation cost no branch.
 
 struct Band {
-  int C, H, W;           // the source image
-  int SY, SX;            // source stride between neighbouring destinations
-  int OY, OX;            // source row = (row + q) * SY + ry[p] + OY
-  int NY, NX;            // phases in use
+  int C, H, W;  // the source image
+  int SY, SX;   // source stride between neighbouring destinations
+  int OY, OX;   // source row = (row + q) * SY + ry[p] + OY
+  int NY, NX;   // phases in use
   int* ry;
   int* rx;
-  int rows, RB, CB;      // destination rows a band serves; rows and columns of the band for one phase
-  int64_t channel;       // elements between channels
+  int rows, RB, CB;  // destination rows a band serves; rows and columns of the band for one phase
+  int64_t channel;   // elements between channels
 };
 
 // Copies band rows of `C` channels of image block `nb` whose first destination row is `row0`.
@@ -176,10 +176,8 @@ ConvShape<T> forward_shape(const ConvArgs<T>& a, int64_t out_bytes_per_row, bool
       for (int kx = 0; kx < a.KW; ++kx, ++j)
         table[j] = int32_t(c * b.channel +
                            ((int64_t(phase_y[ky] * b.NX + phase_x[kx]) * b.RB + q_y[ky]) * b.CB + q_x[kx]) * LANES);
-  const double window =
-      double(b.NY) * b.NX * (s.tile.TR + reach_y) * (s.tile.TC + reach_x) * LANES * sizeof(T);
-  const int chunks = least(
-      max_chunks, choose_chunks(double(ix.nnz) / double(most<int64_t>(1, ix.rows)), ICg, window));
+  const double window = double(b.NY) * b.NX * (s.tile.TR + reach_y) * (s.tile.TC + reach_x) * LANES * sizeof(T);
+  const int chunks = least(max_chunks, choose_chunks(double(ix.nnz) / double(most<int64_t>(1, ix.rows)), ICg, window));
   s.stencil.chunks = chunks;
   const int per_chunk = int(div_up(ICg, chunks)) * KK;
   for (int64_t r = 0; r < ix.rows; ++r) {
@@ -205,8 +203,10 @@ SB_INLINE int64_t part_start(const int32_t* ptr, int64_t step, int64_t rows, int
   int64_t lo = 0, hi = rows;
   while (lo < hi) {
     const int64_t mid = (lo + hi) / 2;
-    if (double(ptr[mid * step]) + mid < want) lo = mid + 1;
-    else hi = mid;
+    if (double(ptr[mid * step]) + mid < want)
+      lo = mid + 1;
+    else
+      hi = mid;
   }
   return lo;
 }
@@ -284,8 +284,9 @@ void conv2d_forward(const ConvArgs<T>& a) {
 
 SB_INLINE int floor_div(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
-// grad_x[n][ic][iy][ix] = sum over active (oc, ky, kx) with iy + PH - ky*DH = oy*SH, ... of value * grad_y[n][oc][oy][ox].
-// With strides the destination splits into SH*SW phases; a nonzero belongs to exactly one of them.
+// grad_x[n][ic][iy][ix] = sum over active (oc, ky, kx) with iy + PH - ky*DH = oy*SH, ... of value *
+// grad_y[n][oc][oy][ox]. With strides the destination splits into SH*SW phases; a nonzero belongs to exactly one of
+// them.
 template <class T>
 void conv2d_grad_x(const ConvArgs<T>& a) {
   if (a.N == 0 || a.H == 0 || a.W == 0) return;
@@ -430,8 +431,10 @@ void conv2d_grad_x(const ConvArgs<T>& a) {
 template <class T>
 void conv2d_grad_values(const ConvArgs<T>& a) {
   const int64_t nnz = a.index.nnz, width = nnz + a.OC;
-  if (a.grad_values) for (int64_t k = 0; k < nnz; ++k) a.grad_values[k] = T(0);
-  if (a.grad_bias) for (int64_t r = 0; r < a.OC; ++r) a.grad_bias[r] = T(0);
+  if (a.grad_values)
+    for (int64_t k = 0; k < nnz; ++k) a.grad_values[k] = T(0);
+  if (a.grad_bias)
+    for (int64_t r = 0; r < a.OC; ++r) a.grad_bias[r] = T(0);
   if (a.N == 0 || a.OH == 0 || a.OW == 0) return;
   const ConvShape<T> s = forward_shape(a, int64_t(a.OC) * a.OW * LANES * sizeof(T), true);
   const Band& b = s.band;

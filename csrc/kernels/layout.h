@@ -2,9 +2,13 @@
 
 SB_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class I>
-SB_INLINE I least(I a, I b) { return b < a ? b : a; }
+SB_INLINE I least(I a, I b) {
+  return b < a ? b : a;
+}
 template <class I>
-SB_INLINE I most(I a, I b) { return a < b ? b : a; }
+SB_INLINE I most(I a, I b) {
+  return a < b ? b : a;
+}
 
 // dst[p*dst_step + lane] = src[lane*image + p] for p < len, lane < images; the other lanes are zero.
 template <class T>

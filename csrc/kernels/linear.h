@@ -25,8 +25,9 @@ template <class T>
 struct LinearPass {
   int64_t N, dst_features, src_features;
   const int32_t* ptr;
-  int32_t* split;         // dst_features x chunks + 1 starts
-  const int32_t* offset;
+  const int32_t* index;  // source feature of each nonzero
+  const int32_t* order;  // place of each nonzero's value, or null: they stand in order
+  int32_t* split;        // with several chunks: dst_features x chunks + 1 starts
   const T* value;
   const T* bias;
   const T* packed;
@@ -35,11 +36,32 @@ struct LinearPass {
   int TL, chunks;
 };
 
-// The packed tile of lane block b0.. of a plain or lane tensor; a share of the features per call.
+// How a pass is shared out: tiles x subs units of lane blocks, each the same thread's to pack and to compute, so that
+// nothing crosses between cores; with more threads than units, each unit's features in `parts` as well.
+struct Share {
+  int64_t tiles;
+  int subs, width;  // lane blocks per sub
+  int parts;
+  int64_t units() const { return tiles * subs; }
+};
+
+SB_INLINE Share share_out(int64_t N, int TL, int threads, int64_t features) {
+  Share s;
+  s.tiles = div_up(div_up(N, LANES), TL);
+  const int want = int(most<int64_t>(1, div_up(threads, s.tiles)));
+  s.width = int(div_up(TL, least(want, int(div_up(TL, 2)))));  // under two lane blocks the index dominates
+  s.subs = int(div_up(TL, s.width));
+  s.parts = s.units() >= threads
+                ? 1
+                : int(most<int64_t>(1, least<int64_t>(div_up(2 * threads, s.units()), features / GROUP)));
+  return s;
+}
+
+// Lane blocks [l0, l1) of a packed tile, features [f0, f1), from a plain or a lane tensor.
 template <class T>
-void pack_features(const T* data, Layout layout, int64_t N, int64_t F, int TL, int64_t tile, int64_t f0, int64_t f1,
-                   T* packed) {
-  for (int l = 0; l < TL; ++l) {
+void pack_features(const T* data, Layout layout, int64_t N, int64_t F, int TL, int64_t tile, int l0, int l1, int64_t f0,
+                   int64_t f1, T* packed) {
+  for (int l = l0; l < l1; ++l) {
     const int64_t b = tile * TL + l;
     const int images = int(most<int64_t>(0, least<int64_t>(LANES, N - b * LANES)));
     T* dst = packed + (f0 * TL + l) * LANES;
@@ -53,17 +75,20 @@ void pack_features(const T* data, Layout layout, int64_t N, int64_t F, int TL, i
 }
 
 template <class T>
-void linear_rows(const LinearPass<T>& p, int64_t tile, int64_t d0, int64_t d1, T* group) {
-  const GatherFn<T> fn = gather_fn<T>(1, p.TL);
+void linear_rows(const LinearPass<T>& p, int64_t tile, int l0, int l1, int64_t d0, int64_t d1, T* group) {
+  const int width = l1 - l0;
+  const GatherFn<T> fn = gather_fn<T>(1, width);
   GatherTile<T> t;
-  t.src = p.packed + tile * p.src_features * p.TL * LANES;
+  t.src = p.packed + (tile * p.src_features * p.TL + l0) * LANES;
   t.src_row = 0;
-  t.offset = p.offset;
+  t.offset = p.index;
+  t.scale = ptrdiff_t(p.TL) * LANES;
   t.value = p.value;
+  t.order = p.order;
   t.ptr_step = p.chunks;
   t.dst_row = 0;
   t.dst_col = LANES;
-  t.dst_channel = int64_t(p.TL) * LANES;
+  t.dst_channel = int64_t(width) * LANES;
   // Groups of GROUP features per transpose; with several chunks a longer run, so that a chunk is read from cache.
   const int64_t run = p.chunks > 1 ? 16 * GROUP : GROUP;
   for (int64_t d = d0; d < d1; d += run) {
@@ -72,17 +97,17 @@ void linear_rows(const LinearPass<T>& p, int64_t tile, int64_t d0, int64_t d1, T
     t.dst = group;
     t.bias = p.bias ? p.bias + d : nullptr;
     for (int h = 0; h < p.chunks; ++h) {
-      t.begin = p.split + h;
+      t.begin = (p.chunks > 1 ? p.split : p.ptr) + h;
       t.end = t.begin + 1;
       t.accumulate = h > 0;
       fn(t);
     }
-    for (int l = 0; l < p.TL; ++l) {
+    for (int l = l0; l < l1; ++l) {
       const int64_t b = tile * p.TL + l;
       const int images = int(least<int64_t>(LANES, p.N - b * LANES));
       if (images <= 0) break;
-      const T* src = group + l * LANES;
-      const ptrdiff_t step = ptrdiff_t(p.TL) * LANES;
+      const T* src = group + (l - l0) * LANES;
+      const ptrdiff_t step = ptrdiff_t(width) * LANES;
       if (p.dst_layout == Layout::lanes) {
         for (int64_t r = t.r0; r < t.r1; ++r)
           copy_lanes(src + (r - d) * step, LANES, LANES, 1, p.dst + (b * p.dst_features + r) * LANES);
@@ -94,24 +119,23 @@ void linear_rows(const LinearPass<T>& p, int64_t tile, int64_t d0, int64_t d1, T
   }
 }
 
-// Starts of every (destination, chunk) and the offsets of the nonzeros in the packed source.
+// Starts of every (destination, chunk) of destinations d0..d1.
 template <class T>
-void plan_pass(LinearPass<T>& p, const int32_t* index, int32_t* offset, int64_t d0, int64_t d1) {
+void split_rows(const LinearPass<T>& p, int64_t d0, int64_t d1) {
   const int64_t per_chunk = div_up(p.src_features, p.chunks);
   for (int64_t d = d0; d < d1; ++d) {
     int32_t k = p.ptr[d];
     const int32_t end = p.ptr[d + 1];
     for (int h = 0; h < p.chunks; ++h) {
       p.split[d * p.chunks + h] = k;
-      const int64_t bound = h + 1 == p.chunks ? p.src_features : (h + 1) * per_chunk;
-      for (; k < end && index[k] < bound; ++k) offset[k] = index[k] * (p.TL * LANES);
+      while (k < end && p.index[k] < (h + 1) * per_chunk) ++k;
     }
   }
 }
 
-SB_INLINE int linear_parts(int threads, int64_t tiles, int64_t features) {
+SB_INLINE int linear_parts(int threads, int64_t features) {
   if (threads == 1) return 1;
-  return int(most<int64_t>(1, least<int64_t>(div_up(4 * int64_t(threads), tiles), features / GROUP)));
+  return int(most<int64_t>(1, least<int64_t>(4 * int64_t(threads), features / GROUP)));
 }
 
 // First feature of part p: about equal nonzeros, on a multiple of GROUP.
@@ -121,7 +145,7 @@ SB_INLINE int64_t linear_part(const int32_t* ptr, int64_t features, int parts, i
 }
 
 template <class T>
-LinearPass<T> linear_pass(const LinearArgs<T>& a, bool forward, Slot slot) {
+LinearPass<T> linear_pass(const LinearArgs<T>& a, bool forward) {
   LinearPass<T> p;
   const Index& ix = a.index;
   p.N = a.N;
@@ -130,10 +154,13 @@ LinearPass<T> linear_pass(const LinearArgs<T>& a, bool forward, Slot slot) {
   p.ptr = forward ? ix.rowptr : ix.colptr;
   p.TL = lane_blocks(a.N);
   p.chunks = linear_chunks(ix, p.src_features, p.dst_features, int64_t(p.TL) * LANES * sizeof(T));
-  int32_t* mem = scratch<int32_t>(slot, ix.nnz + p.dst_features * p.chunks + 1);
-  p.offset = mem;
-  p.split = mem + ix.nnz;
-  p.split[p.dst_features * p.chunks] = int32_t(ix.nnz);
+  p.index = forward ? ix.col : ix.row;
+  p.order = forward ? nullptr : ix.csc_to_csr;
+  p.split = nullptr;
+  if (p.chunks > 1) {
+    p.split = scratch<int32_t>(slot_plan, p.dst_features * p.chunks + 1);
+    p.split[p.dst_features * p.chunks] = int32_t(ix.nnz);
+  }
   p.value = a.values;
   p.bias = forward ? a.bias : nullptr;
   p.dst = forward ? a.y : a.grad_x;
@@ -141,32 +168,47 @@ LinearPass<T> linear_pass(const LinearArgs<T>& a, bool forward, Slot slot) {
   return p;
 }
 
+// Packs a share of the source: unit u of Share, piece q of its features.
+template <class T>
+void pack_unit(const T* data, Layout layout, int64_t N, int64_t F, int TL, const Share& s, int64_t u, int q,
+               T* packed) {
+  const int64_t tile = u / s.subs;
+  const int l0 = int(u % s.subs) * s.width, l1 = least(TL, l0 + s.width);
+  const int64_t step = div_up(div_up(F, s.parts), GROUP) * GROUP;
+  const int64_t f0 = least(F, q * step), f1 = least(F, f0 + step);
+  pack_features(data, layout, N, F, TL, tile, l0, l1, f0, f1, packed + tile * F * TL * LANES);
+}
+
+template <class T>
+void compute_unit(const LinearPass<T>& p, const Share& s, int64_t u, int q, T* group) {
+  const int l0 = int(u % s.subs) * s.width, l1 = least(p.TL, l0 + s.width);
+  linear_rows(p, u / s.subs, l0, l1, linear_part(p.ptr, p.dst_features, s.parts, q),
+              linear_part(p.ptr, p.dst_features, s.parts, q + 1), group);
+}
+
 template <class T>
 void linear_forward(const LinearArgs<T>& a) {
   if (a.N == 0) return;
-  LinearPass<T> p = linear_pass(a, true, slot_plan);
+  LinearPass<T> p = linear_pass(a, true);
   const Index& ix = a.index;
-  const int64_t tiles = div_up(div_up(a.N, LANES), p.TL);
-  T* packed = scratch<T>(slot_source, tiles * p.TL * LANES * ix.cols);
+  const Share s = share_out(a.N, p.TL, a.threads, ix.rows);
+  T* packed = scratch<T>(slot_source, s.tiles * p.TL * LANES * ix.cols);
   p.packed = packed;
-  const int parts = linear_parts(a.threads, tiles, ix.rows);
-  const int64_t pieces = div_up(ix.cols, 64), plans = div_up(ix.rows, 64);
+  const int64_t plans = p.split ? div_up(ix.rows, 64) : 0, tasks = s.units() * s.parts;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < tiles * pieces; ++i)
-      pack_features(a.x, a.x_layout, a.N, ix.cols, p.TL, i / pieces, i % pieces * 64,
-                    least<int64_t>(ix.cols, i % pieces * 64 + 64), packed + i / pieces * ix.cols * p.TL * LANES);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < plans; ++i)
-      plan_pass(p, ix.col, const_cast<int32_t*>(p.offset), i * 64, least<int64_t>(ix.rows, i * 64 + 64));
     T* group = scratch<T>(slot_dest, 16 * GROUP * int64_t(p.TL) * LANES);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < tiles * parts; ++i) {
-      const int part = int(i % parts);
-      linear_rows(p, i / parts, linear_part(ix.rowptr, ix.rows, parts, part),
-                  linear_part(ix.rowptr, ix.rows, parts, part + 1), group);
+    // Both loops hand the same tasks to the same threads: with one part per unit no thread needs another's packing.
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < tasks; ++i)
+      pack_unit(a.x, a.x_layout, a.N, ix.cols, p.TL, s, i / s.parts, int(i % s.parts), packed);
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < plans; ++i) split_rows(p, i * 64, least<int64_t>(ix.rows, i * 64 + 64));
+    if (s.parts > 1 || plans) {
+#pragma omp barrier
     }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < tasks; ++i) compute_unit(p, s, i / s.parts, int(i % s.parts), group);
   }
 }
 
@@ -176,50 +218,41 @@ template <class T>
 void linear_backward(const LinearArgs<T>& a) {
   const Index& ix = a.index;
   if (a.N == 0) {
-    if (a.grad_values) for (int64_t k = 0; k < ix.nnz; ++k) a.grad_values[k] = T(0);
-    if (a.grad_bias) for (int64_t r = 0; r < ix.rows; ++r) a.grad_bias[r] = T(0);
+    if (a.grad_values)
+      for (int64_t k = 0; k < ix.nnz; ++k) a.grad_values[k] = T(0);
+    if (a.grad_bias)
+      for (int64_t r = 0; r < ix.rows; ++r) a.grad_bias[r] = T(0);
     return;
   }
-  LinearPass<T> back = linear_pass(a, false, slot_plan);
+  LinearPass<T> back = linear_pass(a, false);
   const int TL = back.TL;
-  const int64_t tiles = div_up(div_up(a.N, LANES), TL);
-  T* packed_grad = scratch<T>(slot_grad, tiles * TL * LANES * ix.rows);
-  T* packed_x = a.grad_values ? scratch<T>(slot_source, tiles * TL * LANES * ix.cols) : nullptr;
-  T* value = scratch<T>(slot_sums, ix.nnz + 1);
+  const Share s = share_out(a.N, TL, a.threads, ix.cols);
+  T* packed_grad = scratch<T>(slot_grad, s.tiles * TL * LANES * ix.rows);
+  T* packed_x = a.grad_values ? scratch<T>(slot_source, s.tiles * TL * LANES * ix.cols) : nullptr;
   back.packed = packed_grad;
-  back.value = value;
-  const int parts = linear_parts(a.threads, 1, ix.rows), back_parts = linear_parts(a.threads, tiles, ix.cols);
-  const int64_t grad_pieces = div_up(ix.rows, 64), x_pieces = a.grad_values ? div_up(ix.cols, 64) : 0;
-  const int64_t plans = a.grad_x ? div_up(ix.cols, 64) : 0;
+  const int parts = linear_parts(a.threads, ix.rows);
+  const int64_t plans = a.grad_x && back.split ? div_up(ix.cols, 64) : 0, tasks = s.units() * s.parts;
   const CorrelateFn<T> fn = correlate_fn<T>(1, TL);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
 #pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < tiles * grad_pieces; ++i)
-      pack_features(a.grad_y, a.y_layout, a.N, ix.rows, TL, i / grad_pieces, i % grad_pieces * 64,
-                    least<int64_t>(ix.rows, i % grad_pieces * 64 + 64),
-                    packed_grad + i / grad_pieces * ix.rows * TL * LANES);
+    for (int64_t i = 0; i < tasks; ++i) {
+      pack_unit(a.grad_y, a.y_layout, a.N, ix.rows, TL, s, i / s.parts, int(i % s.parts), packed_grad);
+      if (a.grad_values) pack_unit(a.x, a.x_layout, a.N, ix.cols, TL, s, i / s.parts, int(i % s.parts), packed_x);
+    }
 #pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < tiles * x_pieces; ++i)
-      pack_features(a.x, a.x_layout, a.N, ix.cols, TL, i / x_pieces, i % x_pieces * 64,
-                    least<int64_t>(ix.cols, i % x_pieces * 64 + 64), packed_x + i / x_pieces * ix.cols * TL * LANES);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < plans; ++i) {
-      const int64_t d0 = i * 64, d1 = least<int64_t>(ix.cols, d0 + 64);
-      plan_pass(back, ix.row, const_cast<int32_t*>(back.offset), d0, d1);
-      for (int32_t k = ix.colptr[d0]; k < ix.colptr[d1]; ++k) value[k] = a.values[ix.csc_to_csr[k]];
+    for (int64_t i = 0; i < plans; ++i) split_rows(back, i * 64, least<int64_t>(ix.cols, i * 64 + 64));
+    if (s.parts > 1 || plans) {
+#pragma omp barrier
     }
     if (a.grad_x) {
       T* group = scratch<T>(slot_dest, 16 * GROUP * int64_t(TL) * LANES);
-#pragma omp for schedule(dynamic, 1) nowait
-      for (int64_t i = 0; i < tiles * back_parts; ++i) {
-        const int part = int(i % back_parts);
-        linear_rows(back, i / back_parts, linear_part(ix.colptr, ix.cols, back_parts, part),
-                    linear_part(ix.colptr, ix.cols, back_parts, part + 1), group);
-      }
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < tasks; ++i) compute_unit(back, s, i / s.parts, int(i % s.parts), group);
     }
     if (a.grad_values || a.grad_bias) {
-      // A thread owns its rows: no copies of the sums.
+      // A thread owns its rows: no copies of the sums. What it reads, others may have packed.
+#pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
       for (int part = 0; part < parts; ++part) {
         const int64_t r0 = linear_part(ix.rowptr, ix.rows, parts, part);
@@ -229,7 +262,7 @@ void linear_backward(const LinearArgs<T>& a) {
           for (int64_t r = r0; r < r1; ++r) {
             V<T> sum[Vec<T>::n];
             for (int i = 0; i < Vec<T>::n; ++i) sum[i] = zero<T>();
-            for (int64_t tile = 0; tile < tiles; ++tile)
+            for (int64_t tile = 0; tile < s.tiles; ++tile)
               for (int i = 0; i < TL * LANES; i += Vec<T>::n)
                 sum[0] += load(packed_grad + (tile * ix.rows + r) * TL * LANES + i);
             a.grad_bias[r] = sum_each<T>(sum)[0];
@@ -248,8 +281,8 @@ void linear_backward(const LinearArgs<T>& a) {
         t.rows = 1, t.cols = TL;
         t.grad_values = a.grad_values;
         t.offset = ix.col;
-        t.scale = TL * LANES;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
+        t.scale = ptrdiff_t(TL) * LANES;
+        for (int64_t tile = 0; tile < s.tiles; ++tile) {
           t.src = packed_x + tile * ix.cols * TL * LANES;
           t.grad = packed_grad + (tile * ix.rows + r0) * TL * LANES;
           fn(t);

@@ -66,6 +66,18 @@ struct PackArgs {
   int threads;
 };
 
+// A step of LinBreg on n weights.
+template <class T>
+struct StepArgs {
+  int64_t n;
+  T* p;
+  const T* g;
+  T* v;
+  T* m;  // null: no momentum
+  double lr, beta, delta, lam, weight_decay, sign;
+  int threads;
+};
+
 template <class T>
 struct Kernels {
   void (*linear_forward)(const LinearArgs<T>&);
@@ -74,6 +86,7 @@ struct Kernels {
   void (*conv2d_backward)(const ConvArgs<T>&);
   void (*pack)(const PackArgs<T>&);
   void (*unpack)(const PackArgs<T>&);
+  void (*linbreg_step)(const StepArgs<T>&);
 };
 
 struct Table {

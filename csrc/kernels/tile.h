@@ -12,22 +12,23 @@ template <class T>
 struct GatherTile {
   const T* src;
   ptrdiff_t src_row;
-  const int32_t* offset;   // per nonzero, in units of `scale` elements of src
+  const int32_t* offset;  // per nonzero, in units of `scale` elements of src
   ptrdiff_t scale = 1;
-  const T* value;          // per nonzero, same order
-  const int32_t* begin;    // first nonzero of destination channel r: begin[r * ptr_step]; its end: end[r * ptr_step]
+  const T* value;  // per nonzero, same order; or, with `order`, nonzero k has value[order[k]]
+  const int32_t* order = nullptr;
+  const int32_t* begin;  // first nonzero of destination channel r: begin[r * ptr_step]; its end: end[r * ptr_step]
   const int32_t* end;
   ptrdiff_t ptr_step;
   int64_t r0, r1;
-  T* dst;                  // of channel r0
+  T* dst;  // of channel r0
   ptrdiff_t dst_channel, dst_row, dst_col;
-  const T* bias;           // of channel r0; null: none
-  bool accumulate;         // dst holds the sums of an earlier chunk
+  const T* bias;    // of channel r0; null: none
+  bool accumulate;  // dst holds the sums of an earlier chunk
 };
 
 // dst[r][i][j][:] (+)= bias[r] + sum_k value[k] * src[offset[k] + i*src_row + j*LANES + :].   Cost: nnz * TR * TC FMAs.
-template <class T, int TR, int TC>
-void gather_tile(const GatherTile<T>& t) {
+template <class T, int TR, int TC, bool ORDERED>
+void gather_tile_as(const GatherTile<T>& t) {
   constexpr int n = Vec<T>::n;
   for (int64_t r = t.r0; r < t.r1; ++r) {
     T* dst = t.dst + (r - t.r0) * t.dst_channel;
@@ -46,7 +47,7 @@ void gather_tile(const GatherTile<T>& t) {
       const T* src = t.src + part;
       for (int32_t k = k0; k < k1; ++k) {
         const T* p = src + t.offset[k] * t.scale;
-        const V<T> v = splat<T>(t.value[k]);
+        const V<T> v = splat<T>(t.value[ORDERED ? t.order[k] : k]);
         for (int i = 0; i < TR; ++i)
           for (int j = 0; j < TC; ++j) acc[i][j] += v * load(p + i * t.src_row + j * LANES);
       }
@@ -54,6 +55,14 @@ void gather_tile(const GatherTile<T>& t) {
         for (int j = 0; j < TC; ++j) store(dst + i * t.dst_row + j * t.dst_col + part, acc[i][j]);
     }
   }
+}
+
+template <class T, int TR, int TC>
+void gather_tile(const GatherTile<T>& t) {
+  if (t.order)
+    gather_tile_as<T, TR, TC, true>(t);
+  else
+    gather_tile_as<T, TR, TC, false>(t);
 }
 
 template <class T>
@@ -66,10 +75,10 @@ struct CorrelateTile {
   const int32_t* end;
   ptrdiff_t ptr_step;
   int64_t r0, r1;
-  const T* grad;           // tile of the output gradient, of channel r0
+  const T* grad;  // tile of the output gradient, of channel r0
   ptrdiff_t grad_channel, grad_row;
-  int rows, cols;          // how many of the tile's positions exist; the others count as zero
-  T* grad_values;          // per nonzero; added to
+  int rows, cols;  // how many of the tile's positions exist; the others count as zero
+  T* grad_values;  // per nonzero; added to
 };
 
 // grad_values[k] += sum_{i,j,lane} grad[r][i][j][lane] * src[offset[k] + i*src_row + j*LANES + lane].

@@ -22,7 +22,8 @@ class Geometry(NamedTuple):
     def output_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
         """(OH, OW) for an input of (H, W) and a kernel of (KH, KW)."""
         high, wide = (
-            (size[i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i] - 1) - 1) // self.stride[i] + 1 for i in (0, 1)
+            (size[i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i] - 1) - 1) // self.stride[i] + 1
+            for i in (0, 1)
         )
         return high, wide
 

@@ -1,4 +1,4 @@
-"""C++/OpenMP kernels through the extension ``sparsebreg._C``. Shapes are the protocol's; memory is shared, not copied."""
+"""C++/OpenMP kernels through the extension ``sparsebreg._C``; memory is shared, not copied."""
 
 from __future__ import annotations
 
@@ -16,7 +16,18 @@ def _array(t: torch.Tensor | None):
 def _geometry(pattern, geometry: Geometry, x_shape) -> list[int]:
     rows, _, kh, kw = pattern.shape
     _, channels, high, wide = x_shape
-    return [channels, high, wide, rows, kh, kw, *geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
+    return [
+        channels,
+        high,
+        wide,
+        rows,
+        kh,
+        kw,
+        *geometry.stride,
+        *geometry.padding,
+        *geometry.dilation,
+        geometry.groups,
+    ]
 
 
 class NativeBackend:

@@ -129,9 +129,7 @@ class NumbaBackend:
         n = x.shape[0]
         src = F.pad(x.t(), (0, _pad_to(n, LANES) - n)).contiguous()
         offset = pattern.col.numpy().astype(np.int64) * src.shape[1]
-        y = self._run_gather(
-            src, offset, values, pattern.rowptr.numpy(), bias, 1, 0, src.shape[1], 1, pattern.rows
-        )
+        y = self._run_gather(src, offset, values, pattern.rowptr.numpy(), bias, 1, 0, src.shape[1], 1, pattern.rows)
         return y.view(pattern.rows, -1)[:, :n].t().contiguous()
 
     def linear_backward(self, pattern, grad_y, x, values, needs):
@@ -164,7 +162,9 @@ class NumbaBackend:
         wide = (ow - 1) * sw + (kw - 1) * dw + 1
         pad = (pw, wide - x_shape[3] - pw, ph, high - x_shape[2] - ph)
         rows, cols = _pad_to(high, sh) // sh, _pad_to(wide, sw) // sw
-        c, ky, kx = (a.reshape(-1) for a in np.meshgrid(np.arange(icg), np.arange(kh) * dh, np.arange(kw) * dw, indexing="ij"))
+        c, ky, kx = (
+            a.reshape(-1) for a in np.meshgrid(np.arange(icg), np.arange(kh) * dh, np.arange(kw) * dw, indexing="ij")
+        )
         table = (((c * sh + ky % sh) * sw + kx % sw) * rows + ky // sh) * cols + kx // sw
         row = np.repeat(np.arange(oc), np.diff(pattern.rowptr.numpy()))
         group = row // max(1, oc // groups) * icg * sh * sw * rows * cols
@@ -220,7 +220,16 @@ class NumbaBackend:
             src = _to_lanes(grad_y, pad, (1, 1))
             sh, sw = geometry.stride
             g = self._run_gather(
-                src, offset, values.detach()[order], ptr, None, jh, src_row, jw * LANES, src.shape[0], channels * sh * sw
+                src,
+                offset,
+                values.detach()[order],
+                ptr,
+                None,
+                jh,
+                src_row,
+                jw * LANES,
+                src.shape[0],
+                channels * sh * sw,
             )
             g = g.view(-1, channels, sh, sw, jh, jw, LANES).permute(0, 6, 1, 4, 2, 5, 3)
             g = g.reshape(-1, channels, jh * sh, jw * sw)

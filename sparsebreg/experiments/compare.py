@@ -108,6 +108,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             )
         )
     head = (
-        "method", "test accuracy %", "sparsity %", "train s", "of sgd", "FLOPs of sgd", "ms / fine step", "ms / coarse step",
+        "method", "test accuracy %", "sparsity %", "train s", "of sgd", "FLOPs of sgd", "ms / fine", "ms / coarse",
     )  # fmt: skip
     return tabulate(lines, head, disable_numparse=True, colalign=("left",) + ("right",) * 7)

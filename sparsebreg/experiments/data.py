@@ -99,7 +99,10 @@ def _idx_split(folder: Path, prefix: str, classes: int) -> tuple[np.ndarray, np.
 
 
 def _standardised(name: str, train, test, classes: int) -> Dataset:
-    splits = [(torch.from_numpy(i.astype(np.float32)).unsqueeze(1), torch.from_numpy(y.astype(np.int64))) for i, y in (train, test)]
+    splits = [
+        (torch.from_numpy(i.astype(np.float32)).unsqueeze(1), torch.from_numpy(y.astype(np.int64)))
+        for i, y in (train, test)
+    ]
     mean, std = splits[0][0].mean(), splits[0][0].std()
     return Dataset(name, *(Split((i - mean) / std, y) for i, y in splits), classes)
 

@@ -20,7 +20,8 @@ def param_groups(model: nn.Module, reg: Regularizer) -> list[dict[str, Any]]:
     """Two parameter groups: the weights of linear and convolution layers with ``reg``, all others without.
 
     Raises:
-        TypeError: if ``model`` is not a module or ``reg`` not a regularizer. ValueError: if nothing would be regularised.
+        TypeError: if ``model`` is not a module or ``reg`` not a regularizer.
+        ValueError: if nothing would be regularised.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a torch.nn.Module", type(model).__name__))
@@ -33,7 +34,7 @@ def param_groups(model: nn.Module, reg: Regularizer) -> list[dict[str, Any]]:
         raise ValueError(expected("model", "linear or convolution layers to regularise", "a model without any"))
     rest = [p for p in parameters if id(p) not in chosen]
     groups: list[dict[str, Any]] = [{"params": weights, "reg": reg}]
-    return groups + [{"params": rest, "reg": NoReg()}] if rest else groups
+    return [*groups, {"params": rest, "reg": NoReg()}] if rest else groups
 
 
 class BregmanOptimizer(torch.optim.Optimizer):
@@ -66,6 +67,10 @@ class BregmanOptimizer(torch.optim.Optimizer):
         """v ← v − step, in place. ``grad`` may be overwritten where it is not ``p.grad``."""
         raise NotImplementedError
 
+    def _fused(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
+        """Does the whole update in one native pass, where there is one for this case; says whether it did."""
+        return False
+
     def _start(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """v⁰ = θ⁰/δ + ∂J(θ⁰)."""
         state["dual"] = p.detach() / group["delta"] + group["reg"].subgradient(p.detach())
@@ -90,6 +95,8 @@ class BregmanOptimizer(torch.optim.Optimizer):
         if "dual" not in state:
             self._start(p, state, group)
         active = state.get("active")
+        if active is None and self._fused(p, state, group):
+            return
         before = {k: s.clone() for k, s in state.items() if _moves(s, p)} if active is not None else {}
         grad = p.grad
         if group["maximize"]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from sparsebreg._extension import native
 from sparsebreg.errors import check_real, expected
 from sparsebreg.optim.base import BregmanOptimizer
-from sparsebreg.regularizers import Regularizer
+from sparsebreg.regularizers import L1, NoReg, Regularizer
 
 
 class LinBreg(BregmanOptimizer):
@@ -63,6 +64,24 @@ class LinBreg(BregmanOptimizer):
         super()._check(options)
         if check_real("momentum", options["momentum"], low=0) >= 1:
             raise ValueError(expected("momentum", "a number below 1", options["momentum"]))
+
+    def _fused(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
+        C, reg, beta = native(), group["reg"], group["momentum"]
+        if C is None or type(reg) not in (L1, NoReg) or p.dtype not in (torch.float32, torch.float64):
+            return False
+        if beta and "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        tensors = (p.detach(), p.grad.detach(), state["dual"], state["momentum_buffer"] if beta else None)
+        if any(
+            t is not None and not (t.is_contiguous() and t.device.type == "cpu" and t.dtype is p.dtype) for t in tensors
+        ):
+            return False
+        C.linbreg_step(
+            *(t if t is None else t.numpy() for t in tensors), group["lr"], beta, group["delta"],
+            getattr(reg, "lam", 0.0), group["weight_decay"], group["maximize"], torch.get_num_threads(),
+        )  # fmt: skip
+        torch.autograd.graph.increment_version(p)  # written behind autograd's back
+        return True
 
     def _move_dual(self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         lr, beta = group["lr"], group["momentum"]

@@ -1,0 +1,215 @@
+"""LinBreg: the formula, its limits, its options, its checkpoints."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import close
+from torch import nn
+
+import sparsebreg as sb
+from sparsebreg import _extension
+from sparsebreg.optim import base, linbreg
+
+
+@pytest.fixture(params=["fused", "plain"])
+def path(request, monkeypatch):
+    """The native pass and the torch operations must do the same."""
+    if request.param == "plain":
+        monkeypatch.setattr(linbreg, "native", lambda: None)
+    elif _extension.native() is None:
+        pytest.skip("needs the extension")
+
+
+def problem(dtype=torch.float64, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(40, 20, generator=g, dtype=dtype)
+    target = torch.randn(40, 5, generator=g, dtype=dtype)
+    weight = torch.randn(20, 5, generator=g, dtype=dtype) * (torch.rand(20, 5, generator=g) < 0.3)
+    return matrix, target, nn.Parameter(weight)
+
+
+def loss_of(matrix, target, w):
+    return (matrix @ w - target).square().mean()
+
+
+def shrink(z, t):
+    return torch.sign(z) * torch.clamp(z.abs() - t, min=0)
+
+
+@pytest.mark.parametrize("lam", [None, 0.0, 0.02])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("delta", [1.0, 0.5])
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_formula(lam, momentum, delta, decay, maximize, path):
+    matrix, target, w = problem()
+    optimizer = sb.LinBreg(
+        [w], lr=0.1, momentum=momentum, delta=delta, weight_decay=decay, reg=None if lam is None else sb.L1(lam),
+        maximize=maximize,
+    )  # fmt: skip
+    t = lam or 0.0
+    theta = w.detach().clone()
+    v, m = theta / delta + t * theta.sign(), torch.zeros_like(theta)
+    for _ in range(200 if not maximize else 20):
+        optimizer.zero_grad()
+        loss_of(matrix, target, w).backward()
+        optimizer.step()
+        leaf = theta.clone().requires_grad_()
+        (g,) = torch.autograd.grad(loss_of(matrix, target, leaf), leaf)
+        g = (-g if maximize else g) + decay * theta
+        m = momentum * m + (1 - momentum) * 0.1 * g
+        v = v - m
+        theta = shrink(delta * v, delta * t)
+        close(w.detach(), theta)
+        close(optimizer.state[w]["dual"], v)
+    if t:
+        assert int((w == 0).sum()) > 0
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_without_regularizer_it_is_sgd(momentum, decay, path):
+    matrix, target, w = problem()
+    twin = nn.Parameter(w.detach().clone())
+    ours = sb.LinBreg([w], lr=0.2, momentum=momentum, weight_decay=decay, reg=sb.NoReg(), delta=1.0)
+    sgd = torch.optim.SGD([twin], lr=0.2 * (1 - momentum), momentum=momentum, weight_decay=decay)
+    for _ in range(100):
+        for p, o in ((w, ours), (twin, sgd)):
+            o.zero_grad()
+            loss_of(matrix, target, p).backward()
+            o.step()
+        close(w.detach(), twin.detach())
+
+
+def test_closure_and_schedulers(path):
+    matrix, target, w = problem()
+    optimizer = sb.LinBreg([w], lr=0.5, reg=sb.L1(0.01))
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(matrix, target, w)
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    for _ in range(50):
+        last = optimizer.step(closure)
+    assert last < first
+
+
+def test_parameter_keeps_its_storage_and_autograd_notices(path):
+    matrix, target, w = problem()
+    storage, version = w.data_ptr(), w._version
+    optimizer = sb.LinBreg([w], lr=0.1, reg=sb.L1(0.01))
+    loss_of(matrix, target, w).backward()
+    held = w.square().sum()
+    optimizer.step()
+    assert w.data_ptr() == storage
+    assert w._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        held.backward()
+
+
+def test_active_mask_holds_everything_else_still(path):
+    matrix, target, w = problem()
+    optimizer = sb.LinBreg([w], lr=0.1, momentum=0.9, reg=sb.L1(0.01))
+
+    def step():
+        optimizer.zero_grad()
+        loss_of(matrix, target, w).backward()
+        optimizer.step()
+
+    step()
+    mask = w.detach() != 0
+    optimizer.state[w]["active"] = mask
+    before = {k: t.clone() for k, t in optimizer.state[w].items()}
+    for _ in range(5):
+        step()
+    assert torch.equal(w.detach()[~mask], torch.zeros_like(w.detach()[~mask]))
+    for key in ("dual", "momentum_buffer"):
+        assert torch.equal(optimizer.state[w][key][~mask], before[key][~mask])
+        assert not torch.equal(optimizer.state[w][key][mask], before[key][mask])
+
+
+def test_checkpoints(path):
+    matrix, target, w = problem()
+    groups = [{"params": [w], "reg": sb.L1(0.02)}]
+    optimizer = sb.LinBreg(groups, lr=0.1, momentum=0.9)
+
+    def steps(p, o, n):
+        for _ in range(n):
+            o.zero_grad()
+            loss_of(matrix, target, p).backward()
+            o.step()
+
+    steps(w, optimizer, 7)
+    buffer = io.BytesIO()
+    torch.save({"w": w.detach(), "o": optimizer.state_dict()}, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    twin = nn.Parameter(saved["w"].clone())
+    other = sb.LinBreg([twin], lr=9.0)
+    other.load_state_dict(saved["o"])
+    assert other.param_groups[0]["reg"] == sb.L1(0.02)
+    copied, pickled = copy.deepcopy((w, optimizer)), pickle.loads(pickle.dumps((w, optimizer)))
+    steps(w, optimizer, 5)
+    for p, o in ((twin, other), copied, pickled):
+        steps(p, o, 5)
+        assert torch.equal(p, w)
+
+
+def test_no_shared_default():
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    first, second = sb.LinBreg([a]), sb.LinBreg([b])
+    first.param_groups[0]["reg"] = sb.L1(1.0)
+    assert second.param_groups[0]["reg"] == sb.NoReg()
+
+
+@pytest.mark.parametrize("name", ["lr", "delta", "weight_decay", "momentum"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_bad_options(name, value):
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number"):
+        sb.LinBreg([p], **{name: value})
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number"):
+        sb.LinBreg([{"params": [p], name: value}])
+
+
+def test_other_bad_options():
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="momentum: expected a number below 1"):
+        sb.LinBreg([p], momentum=1.0)
+    with pytest.raises(ValueError, match="delta: expected a finite number above 0"):
+        sb.LinBreg([p], delta=0.0)
+    with pytest.raises(TypeError, match="lr: expected a real number, got 'fast'"):
+        sb.LinBreg([p], lr="fast")
+    with pytest.raises(TypeError, match=r"reg: expected a regularizer such as sparsebreg.L1\(0.05\), got 0.1"):
+        sb.LinBreg([p], reg=0.1)
+
+
+class TestParamGroups:
+    def test_split(self):
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(4, 3), nn.Embedding(3, 4))
+        groups = base.param_groups(model, sb.L1(0.1))
+        assert [g["reg"] for g in groups] == [sb.L1(0.1), sb.NoReg()]
+        assert [id(p) for p in groups[0]["params"]] == [id(model[0].weight), id(model[2].weight)]
+        assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+    def test_tied_weight_once(self):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        model[1].weight = model[0].weight
+        assert len(base.param_groups(model, sb.L1(0.1))[0]["params"]) == 1
+
+    def test_errors(self):
+        with pytest.raises(TypeError, match="model: expected a torch.nn.Module"):
+            sb.param_groups([1], sb.L1(0.1))
+        with pytest.raises(TypeError, match="reg: expected a regularizer"):
+            sb.param_groups(nn.Linear(1, 1), 0.1)
+        with pytest.raises(ValueError, match="model: expected linear or convolution layers"):
+            sb.param_groups(nn.ReLU(), sb.L1(0.1))

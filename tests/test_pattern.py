@@ -1,0 +1,206 @@
+"""SparsePattern: construction, validation, the crossings between dense and sparse."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsebreg import SparsePattern, _extension, pattern
+
+MASKS = {
+    "some": torch.tensor([[1, 0, 1], [0, 1, 0]], dtype=torch.bool),
+    "empty_rows_in_middle": torch.tensor([[1, 1], [0, 0], [0, 0], [0, 1]], dtype=torch.bool),
+    "all_rows_empty": torch.zeros(3, 4, dtype=torch.bool),
+    "full": torch.ones(3, 4, dtype=torch.bool),
+    "one_long_row": torch.cat([torch.ones(1, 1000), torch.zeros(5, 1000)]).bool(),
+    "one_column": torch.ones(7, 1, dtype=torch.bool),
+    "first_and_last_row_empty": torch.tensor([[0, 0], [1, 0], [0, 0]], dtype=torch.bool),
+    "no_rows": torch.zeros(0, 4, dtype=torch.bool),
+    "no_columns": torch.zeros(4, 0, dtype=torch.bool),
+    "conv": torch.rand(4, 3, 3, 2, generator=torch.Generator().manual_seed(1)) < 0.4,
+    "word_boundaries": torch.rand(5, 67, generator=torch.Generator().manual_seed(2)) < 0.1,
+}
+
+
+@pytest.fixture(params=["native", "numpy"])
+def builder(request, monkeypatch):
+    """The extension builds patterns where it is there; the NumPy code must build the same ones."""
+    if request.param == "numpy":
+        monkeypatch.setattr(pattern, "native", lambda: None)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_index_is_scipys(name, builder):
+    mask = MASKS[name]
+    p = SparsePattern.from_mask(mask)
+    flat = mask.reshape(mask.shape[0], -1).numpy() if mask.numel() else np.zeros((mask.shape[0], p.cols), bool)
+    csr = scipy.sparse.csr_matrix(flat)
+    csc = scipy.sparse.csc_matrix(flat)
+    assert p.shape == tuple(mask.shape)
+    assert p.nnz == int(mask.sum())
+    assert np.array_equal(p.rowptr, csr.indptr)
+    assert np.array_equal(p.col, csr.indices)
+    assert np.array_equal(p.colptr, csc.indptr)
+    assert np.array_equal(p.row, csc.indices)
+    assert np.array_equal(p.col[p.csc_to_csr.long()], np.repeat(np.arange(p.cols), np.diff(csc.indptr)))
+    assert torch.equal(p.mask(), mask)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bool])
+def test_gather_scatter(name, dtype, builder):
+    mask = MASKS[name]
+    p = SparsePattern.from_mask(mask)
+    dense = torch.arange(1, mask.numel() + 1).reshape(mask.shape).to(dtype)
+    values = p.gather(dense)
+    assert torch.equal(values, dense[mask])
+    assert torch.equal(p.scatter(values), dense * mask)
+    out = torch.full(mask.shape, 7).to(dtype)
+    assert p.scatter(values, out) is out
+    assert torch.equal(out, torch.where(mask, dense, torch.full_like(dense, 7)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(0, 10**6))
+def test_round_trip(rows, cols, density, seed):
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(rows, cols, generator=g) < density
+    p = SparsePattern.from_mask(mask)
+    assert torch.equal(p.mask(), mask)
+    dense = torch.randn(rows, cols, generator=g)
+    assert torch.equal(p.scatter(p.gather(dense)), dense * mask)
+    assert SparsePattern.from_state_dict(p.state_dict()) == p
+
+
+def test_active_zero_stays():
+    p = SparsePattern.from_mask(MASKS["some"])
+    values = torch.zeros(p.nnz)
+    assert p.gather(p.scatter(values)).shape == (3,)
+    assert p.nnz == 3
+
+
+def test_noncontiguous_dense_and_channels_last():
+    mask = MASKS["conv"]
+    p = SparsePattern.from_mask(mask)
+    dense = torch.randn(mask.shape).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(p.gather(dense), dense[mask])
+    strided = torch.randn(4, 3, 3, 4)[..., ::2]
+    assert torch.equal(p.gather(strided), strided[mask])
+
+
+def test_copies():
+    p = SparsePattern.from_mask(MASKS["conv"])
+    assert copy.deepcopy(p) is p
+    assert pickle.loads(pickle.dumps(p)) == p
+    assert p != SparsePattern.from_mask(~MASKS["conv"])
+
+
+def test_frozen():
+    p = SparsePattern.from_mask(MASKS["some"])
+    with pytest.raises(AttributeError):
+        p.col = p.row
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rowptr", "col", "error", "message"),
+    [
+        ((2, 3), int32(0, 1), int32(0), ValueError, r"rowptr: expected shape \(3,\), got \(2,\)"),
+        ((2, 3), int32(0, 1, 1).long(), int32(0), TypeError, "rowptr: expected an int32 tensor"),
+        ((2, 3), int32(0, 2, 1), int32(0), ValueError, "rowptr: expected values that never fall"),
+        ((2, 3), int32(0, 1, 2), int32(0), ValueError, "rowptr: expected values"),
+        ((2, 3), int32(0, 1, 1), int32(3), ValueError, "col: expected indices from 0 to 2, got 3 to 3"),
+        ((2, 3), int32(0, 1, 1), int32(-1), ValueError, "col: expected indices"),
+        ((2, 3), int32(0, 2, 2), int32(1, 0), ValueError, "col: expected strictly ascending"),
+        ((2, 3), int32(0, 2, 2), int32(1, 1), ValueError, "col: expected strictly ascending"),
+        ((3,), int32(0), int32(), ValueError, "shape: expected two or more sizes"),
+        ((2, 2**31), int32(0, 0, 0), int32(), ValueError, "shape: expected at most 2147483647"),
+    ],
+)
+def test_invalid_index(shape, rowptr, col, error, message):
+    with pytest.raises(error, match=message):
+        SparsePattern(shape, rowptr, col)
+
+
+def test_invalid_mask_and_values():
+    with pytest.raises(TypeError, match="mask: expected a boolean tensor, got torch.float32"):
+        SparsePattern.from_mask(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="mask: expected two or more dimensions, got 1"):
+        SparsePattern.from_mask(torch.ones(2, dtype=torch.bool))
+    p = SparsePattern.from_mask(MASKS["some"])
+    with pytest.raises(ValueError, match=r"values: expected shape \(3,\), got \(2,\)"):
+        p.scatter(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"dense: expected shape \(2, 3\), got \(3, 2\)"):
+        p.gather(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="out: expected a contiguous"):
+        p.scatter(torch.zeros(3), torch.zeros(2, 3, dtype=torch.float64))
+
+
+@pytest.mark.skipif(_extension.native() is None, reason="needs the extension")
+class TestNativeChecks:
+    """The extension checks for itself: it is the last line before memory is touched."""
+
+    def arrays(self, **changes):
+        p = SparsePattern.from_mask(MASKS["some"])
+        arrays = {n: getattr(p, n).numpy().copy() for n in ("rowptr", "col", "colptr", "row", "csc_to_csr")}
+        arrays.update(changes)
+        return list(arrays.values())
+
+    def test_accepts(self):
+        _extension.native().Index(2, 3, *self.arrays())
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("rowptr", [0, 3, 2]),
+            ("rowptr", [1, 2, 3]),
+            ("col", [0, 3, 1]),
+            ("col", [-1, 2, 1]),
+            ("col", [2, 0, 1]),
+            ("colptr", [0, 1, 1, 3]),
+            ("colptr", [0, 2, 1, 3]),
+            ("row", [0, 0, 1]),
+            ("row", [0, 5, 0]),
+            ("csc_to_csr", [0, 2, 2]),
+            ("csc_to_csr", [0, 9, 1]),
+        ],
+    )
+    def test_refuses_index(self, name, value):
+        with pytest.raises(ValueError, match="expected"):
+            _extension.native().Index(2, 3, *self.arrays(**{name: np.array(value, dtype=np.int32)}))
+
+    def test_refuses_arrays(self):
+        C = _extension.native()
+        index = C.Index(2, 3, *self.arrays())
+        x, y, values = np.zeros((4, 3), np.float32), np.zeros((4, 2), np.float32), np.zeros(3, np.float32)
+        call = {"x": x, "values": values, "bias": None, "y": y}
+
+        def forward(**changes):
+            a = {**call, **changes}
+            C.linear_forward(index, 4, a["x"], False, a["values"], a["bias"], a["y"], False, 1)
+
+        forward()
+        with pytest.raises(TypeError, match="x: expected dtype float32, got float64"):
+            forward(x=x.astype(np.float64))
+        with pytest.raises(ValueError, match="x: expected 12 elements, got 15"):
+            forward(x=np.zeros((5, 3), np.float32))
+        with pytest.raises(ValueError, match="y: expected a C-contiguous array"):
+            forward(y=np.zeros((2, 4), np.float32).T)
+        frozen = y.copy()
+        frozen.flags.writeable = False
+        with pytest.raises(ValueError, match="y: expected a writable array"):
+            forward(y=frozen)
+        with pytest.raises(ValueError, match="values: expected 3 elements, got 2"):
+            forward(values=values[:2])
+        with pytest.raises(TypeError, match="values: expected dtype float32 or float64"):
+            forward(values=values.astype(np.int32))
+        with pytest.raises(ValueError, match="bias: expected 2 elements, got 1"):
+            forward(bias=np.zeros(1, np.float32))

@@ -95,7 +95,12 @@ class NativeIndex {
   std::vector<int32_t> storage_;
 };
 
-int64_t padded(int64_t N, Layout layout) { return layout == Layout::plain ? N : (N + LANES - 1) / LANES * LANES; }
+Layout layout_of(const char* name, int layout, int last) {
+  if (layout < 0 || layout > last) refuse(name, "0 to " + std::to_string(last), std::to_string(layout));
+  return Layout(layout);
+}
+
+int64_t padded(int64_t N, Layout layout) { return layout == Layout::lanes ? (N + LANES - 1) / LANES * LANES : N; }
 
 // Tiny work runs on the calling thread: a parallel region costs a few microseconds.
 int team(int threads, int64_t multiply_adds) { return multiply_adds < 40000 ? 1 : check_threads(threads); }
@@ -122,8 +127,8 @@ void check_batch(int64_t N) {
   if (N < 0) refuse("N", "at least 0", std::to_string(N));
 }
 
-void linear_forward(const NativeIndex& pattern, int64_t N, const py::array& x, bool x_lanes, const py::array& values,
-                    const Maybe& bias, py::array y, bool y_lanes, int threads) {
+void linear_forward(const NativeIndex& pattern, int64_t N, const py::array& x, int x_layout, const py::array& values,
+                    const Maybe& bias, py::array y, int y_layout, int threads) {
   check_batch(N);
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
@@ -131,8 +136,8 @@ void linear_forward(const NativeIndex& pattern, int64_t N, const py::array& x, b
     LinearArgs<T> a{};
     a.index = ix;
     a.N = N;
-    a.x_layout = x_lanes ? Layout::lanes : Layout::plain;
-    a.y_layout = y_lanes ? Layout::lanes : Layout::plain;
+    a.x_layout = layout_of("x_layout", x_layout, 1);
+    a.y_layout = layout_of("y_layout", y_layout, 1);
     a.values = in<T>("values", values, ix.nnz);
     a.bias = maybe_in<T>("bias", bias, ix.rows);
     a.x = in<T>("x", x, padded(N, a.x_layout) * ix.cols);
@@ -143,8 +148,8 @@ void linear_forward(const NativeIndex& pattern, int64_t N, const py::array& x, b
   });
 }
 
-void linear_backward(const NativeIndex& pattern, int64_t N, const py::array& grad_y, bool y_lanes, const Maybe& x,
-                     bool x_lanes, const py::array& values, Maybe grad_x, Maybe grad_values, Maybe grad_bias,
+void linear_backward(const NativeIndex& pattern, int64_t N, const py::array& grad_y, int y_layout, const Maybe& x,
+                     int x_layout, const py::array& values, Maybe grad_x, Maybe grad_values, Maybe grad_bias,
                      int threads) {
   check_batch(N);
   for_dtype(values, [&](auto zero) {
@@ -153,8 +158,8 @@ void linear_backward(const NativeIndex& pattern, int64_t N, const py::array& gra
     LinearArgs<T> a{};
     a.index = ix;
     a.N = N;
-    a.x_layout = x_lanes ? Layout::lanes : Layout::plain;
-    a.y_layout = y_lanes ? Layout::lanes : Layout::plain;
+    a.x_layout = layout_of("x_layout", x_layout, 1);
+    a.y_layout = layout_of("y_layout", y_layout, 1);
     a.values = in<T>("values", values, ix.nnz);
     a.grad_y = in<T>("grad_y", grad_y, padded(N, a.y_layout) * ix.rows);
     a.x = maybe_in<T>("x", x, padded(N, a.x_layout) * ix.cols);
@@ -169,8 +174,8 @@ void linear_backward(const NativeIndex& pattern, int64_t N, const py::array& gra
 }
 
 template <class T>
-ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, bool x_lanes,
-                      bool y_lanes) {
+ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, int x_layout,
+                      int y_layout) {
   check_batch(N);
   if (geometry.size() != 13)
     refuse("geometry", "(IC, H, W, OC, KH, KW, SH, SW, PH, PW, DH, DW, G)",
@@ -199,8 +204,8 @@ ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<i
   const int64_t band_rows = std::min<int64_t>(high, reach_y + 8 + (int64_t(1) << 20) / (wide * LANES * 4) + 8);
   if (double(std::max(a.IC, a.OC)) * a.SH * a.SW * double(band_rows) * double(wide) * LANES > 2147483647.0)
     refuse("x", "a band of rows of less than 2**31 elements", "a larger image");
-  a.x_layout = x_lanes ? Layout::lanes : Layout::plain;
-  a.y_layout = y_lanes ? Layout::lanes : Layout::plain;
+  a.x_layout = layout_of("x_layout", x_layout, 2);
+  a.y_layout = layout_of("y_layout", y_layout, 2);
   return a;
 }
 
@@ -210,10 +215,10 @@ int64_t conv_work(const ConvArgs<T>& a) {
 }
 
 void conv2d_forward(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, const py::array& x,
-                    bool x_lanes, const py::array& values, const Maybe& bias, py::array y, bool y_lanes, int threads) {
+                    int x_layout, const py::array& values, const Maybe& bias, py::array y, int y_layout, int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
-    ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_lanes, y_lanes);
+    ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout);
     a.values = in<T>("values", values, a.index.nnz);
     a.bias = maybe_in<T>("bias", bias, a.OC);
     a.x = in<T>("x", x, padded(N, a.x_layout) * a.IC * a.H * a.W);
@@ -225,11 +230,11 @@ void conv2d_forward(const NativeIndex& pattern, int64_t N, const std::vector<int
 }
 
 void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, const py::array& grad_y,
-                     bool y_lanes, const Maybe& x, bool x_lanes, const py::array& values, Maybe grad_x,
+                     int y_layout, const Maybe& x, int x_layout, const py::array& values, Maybe grad_x,
                      Maybe grad_values, Maybe grad_bias, int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
-    ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_lanes, y_lanes);
+    ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout);
     a.values = in<T>("values", values, a.index.nnz);
     a.grad_y = in<T>("grad_y", grad_y, padded(N, a.y_layout) * a.OC * a.OH * a.OW);
     a.x = maybe_in<T>("x", x, padded(N, a.x_layout) * a.IC * a.H * a.W);
@@ -272,19 +277,25 @@ void linbreg_step(py::array p, const py::array& g, py::array v, Maybe m, double 
   });
 }
 
-py::tuple csr_from_mask(const py::array& mask, int threads) {
-  if (mask.ndim() != 2) refuse("mask", "two dimensions", std::to_string(mask.ndim()));
-  const int64_t rows = mask.shape(0), cols = mask.shape(1);
-  if (cols > INT32_MAX || rows > INT32_MAX) refuse("mask", "sizes below 2**31", std::to_string(std::max(rows, cols)));
-  const bool* m = in<bool>("mask", mask, rows * cols);
-  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(m);
+template <class T>
+py::tuple csr(const T* dense, int64_t rows, int64_t cols, int threads) {
   py::array_t<int32_t> rowptr(rows + 1);
   const int t = team(threads, rows * cols);
-  const int64_t nnz = count_rows(bytes, rows, cols, rowptr.mutable_data(), t);
+  const int64_t nnz = count_rows(dense, rows, cols, rowptr.mutable_data(), t);
   if (nnz < 0) refuse("mask", "at most 2147483647 nonzeros", "more");
   py::array_t<int32_t> col(nnz);
-  fill_columns(bytes, rows, cols, rowptr.data(), col.mutable_data(), t);
+  fill_columns(dense, rows, cols, rowptr.data(), col.mutable_data(), t);
   return py::make_tuple(rowptr, col);
+}
+
+// (rowptr, col) of the nonzeros of a float32, float64 or boolean matrix.
+py::tuple csr_from_dense(const py::array& dense, int threads) {
+  if (dense.ndim() != 2) refuse("dense", "two dimensions", std::to_string(dense.ndim()));
+  const int64_t rows = dense.shape(0), cols = dense.shape(1), size = rows * cols;
+  if (cols > INT32_MAX || rows > INT32_MAX) refuse("dense", "sizes below 2**31", std::to_string(std::max(rows, cols)));
+  if (dense.dtype().is(py::dtype::of<float>())) return csr(in<float>("dense", dense, size), rows, cols, threads);
+  if (dense.dtype().is(py::dtype::of<double>())) return csr(in<double>("dense", dense, size), rows, cols, threads);
+  return csr(reinterpret_cast<const uint8_t*>(in<bool>("dense", dense, size)), rows, cols, threads);
 }
 
 // rowptr and col are checked by the NativeIndex made of the result; here only what keeps memory safe.
@@ -341,7 +352,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv2d_backward", &conv2d_backward);
   m.def("repack", &repack);
   m.def("linbreg_step", &linbreg_step);
-  m.def("csr_from_mask", &csr_from_mask);
+  m.def("csr_from_dense", &csr_from_dense);
   m.def("transpose", &transpose);
   m.def("gather", &gather_values);
   m.def("scatter", &scatter_values);

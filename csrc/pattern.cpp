@@ -5,13 +5,14 @@
 
 namespace sparsebreg {
 
-int64_t count_rows(const uint8_t* mask, int64_t rows, int64_t cols, int32_t* rowptr, int threads) {
+template <class T>
+int64_t count_rows(const T* dense, int64_t rows, int64_t cols, int32_t* rowptr, int threads) {
   rowptr[0] = 0;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t r = 0; r < rows; ++r) {
-    const uint8_t* m = mask + r * cols;
+    const T* d = dense + r * cols;
     int32_t count = 0;
-    for (int64_t c = 0; c < cols; ++c) count += m[c] != 0;
+    for (int64_t c = 0; c < cols; ++c) count += d[c] != T(0);
     rowptr[r + 1] = count;
   }
   int64_t total = 0;
@@ -23,23 +24,25 @@ int64_t count_rows(const uint8_t* mask, int64_t rows, int64_t cols, int32_t* row
   return total;
 }
 
-void fill_columns(const uint8_t* mask, int64_t rows, int64_t cols, const int32_t* rowptr, int32_t* col, int threads) {
+template <class T>
+void fill_columns(const T* dense, int64_t rows, int64_t cols, const int32_t* rowptr, int32_t* col, int threads) {
+  constexpr int BLOCK = 64 / sizeof(T) < 16 ? 64 / sizeof(T) : 16;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t r = 0; r < rows; ++r) {
-    const uint8_t* m = mask + r * cols;
+    const T* d = dense + r * cols;
     int32_t* out = col + rowptr[r];
     const int32_t* end = col + rowptr[r + 1];
     int64_t c = 0;
-    // Eight places at a time: most of a sparse mask is skipped by one comparison.
-    for (; c + 8 <= cols && out < end; c += 8) {
-      uint64_t word;
-      std::memcpy(&word, m + c, 8);
-      if (word == 0) continue;
-      for (int i = 0; i < 8; ++i)
-        if (m[c + i]) *out++ = int32_t(c + i);
+    // A block at a time: most blocks of a sparse row are skipped by one test.
+    for (; c + BLOCK <= cols && out < end; c += BLOCK) {
+      int any = 0;
+      for (int i = 0; i < BLOCK; ++i) any |= d[c + i] != T(0);
+      if (!any) continue;
+      for (int i = 0; i < BLOCK; ++i)
+        if (d[c + i] != T(0)) *out++ = int32_t(c + i);
     }
     for (; c < cols && out < end; ++c)
-      if (m[c]) *out++ = int32_t(c);
+      if (d[c] != T(0)) *out++ = int32_t(c);
   }
 }
 
@@ -99,6 +102,12 @@ void scatter(const T* values, int64_t rows, int64_t cols, const int32_t* rowptr,
     for (int32_t k = rowptr[r]; k < rowptr[r + 1]; ++k) dense[r * cols + col[k]] = values[k];
 }
 
+template int64_t count_rows(const uint8_t*, int64_t, int64_t, int32_t*, int);
+template int64_t count_rows(const float*, int64_t, int64_t, int32_t*, int);
+template int64_t count_rows(const double*, int64_t, int64_t, int32_t*, int);
+template void fill_columns(const uint8_t*, int64_t, int64_t, const int32_t*, int32_t*, int);
+template void fill_columns(const float*, int64_t, int64_t, const int32_t*, int32_t*, int);
+template void fill_columns(const double*, int64_t, int64_t, const int32_t*, int32_t*, int);
 template void gather(const float*, int64_t, int64_t, const int32_t*, const int32_t*, float*, int);
 template void gather(const double*, int64_t, int64_t, const int32_t*, const int32_t*, double*, int);
 template void scatter(const float*, int64_t, int64_t, const int32_t*, const int32_t*, float*, int);

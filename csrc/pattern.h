@@ -7,12 +7,14 @@
 
 namespace sparsebreg {
 
-// Number of nonzero bytes in each row of mask (rows x cols), as rowptr (rows + 1). Returns nnz, or -1 where it does not
-// fit int32 (rowptr is then unspecified). Cost: one pass over the mask.
-int64_t count_rows(const uint8_t* mask, int64_t rows, int64_t cols, int32_t* rowptr, int threads);
+// Number of nonzeros in each row of dense (rows x cols; T is uint8_t for a mask), as rowptr (rows + 1). Returns nnz, or -1
+// where it does not fit int32 (rowptr is then unspecified). NaN counts as nonzero. Cost: one pass.
+template <class T>
+int64_t count_rows(const T* dense, int64_t rows, int64_t cols, int32_t* rowptr, int threads);
 
-// Column indices of the nonzero bytes, ascending inside each row. rowptr from count_rows; col has nnz places.
-void fill_columns(const uint8_t* mask, int64_t rows, int64_t cols, const int32_t* rowptr, int32_t* col, int threads);
+// Column indices of the nonzeros, ascending inside each row. rowptr from count_rows; col has nnz places.
+template <class T>
+void fill_columns(const T* dense, int64_t rows, int64_t cols, const int32_t* rowptr, int32_t* col, int threads);
 
 // The transposed index: colptr (cols + 1), row and csc_to_csr (nnz), rows ascending inside each column. O(nnz + cols).
 void transpose_index(int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, int32_t* colptr,

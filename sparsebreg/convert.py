@@ -158,8 +158,8 @@ def plan_freeze(
             continue
         weight = module.weight
         reason = unsupported(module)
-        mask = weight.detach() != 0
-        nnz = int(mask.count_nonzero())
+        pattern = SparsePattern.from_nonzeros(weight)
+        nnz = pattern.nnz
         sparsity = 1 - nnz / max(1, weight.numel())
         group = groups.get(id(weight))
         if not reason and module is model:
@@ -177,7 +177,7 @@ def plan_freeze(
                 raise SwapError(
                     expected("optimizer", f"one that holds the parameter '{name}.weight'", "one without it")
                 )
-            plan.patterns[name] = SparsePattern.from_mask(mask)
+            plan.patterns[name] = pattern
             taken.add(id(weight))
         action = "dense" if reason else "sparse"
         reason = reason or (
@@ -281,7 +281,8 @@ def thaw(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, keep_grad
         weight = dense.weight
         weight.data = layer.weight
         if layer.channels_last:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            # Not contiguous(): with one input channel that would keep the plain strides, which tell torch otherwise.
+            weight.data = weight.data.to(memory_format=torch.channels_last)
         if keep_grads and layer.values.grad is not None:
             weight.grad = layer.pattern.scatter(layer.values.grad)
         weight.requires_grad_(layer.values.requires_grad)

@@ -33,10 +33,10 @@ class _Linear(torch.autograd.Function):
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, values, bias, pattern, geometry, backend):
+    def forward(ctx: Any, x, values, bias, pattern, geometry, channels_last, backend):
         ctx.pattern, ctx.geometry, ctx.backend, ctx.x_shape = pattern, geometry, backend, x.shape
         ctx.save_for_backward(x if values.requires_grad else None, values)
-        return backend.conv2d_forward(pattern, x, values, bias, geometry)
+        return backend.conv2d_forward(pattern, x, values, bias, geometry, channels_last)
 
     @staticmethod
     @once_differentiable
@@ -44,9 +44,16 @@ class _Conv2d(torch.autograd.Function):
         x, values = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         grads = ctx.backend.conv2d_backward(
-            ctx.pattern, grad_y.contiguous(), x, values, ctx.geometry, ctx.x_shape, needs
+            ctx.pattern, _dense_format(grad_y), x, values, ctx.geometry, ctx.x_shape, needs
         )
-        return *grads, None, None, None
+        return *grads, None, None, None, None
+
+
+def _dense_format(x: torch.Tensor) -> torch.Tensor:
+    """x itself where it is contiguous in the plain or the channels_last format, else a plain copy."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()
 
 
 def _check_parameters(values: torch.Tensor, bias: torch.Tensor | None, pattern: SparsePattern) -> None:
@@ -99,6 +106,7 @@ def sparse_conv2d(
     values: torch.Tensor,
     bias: torch.Tensor | None = None,
     geometry: Geometry = Geometry(),
+    channels_last: bool = False,
 ) -> torch.Tensor:
     """2-D cross-correlation with the weight that holds ``values`` at the places of ``pattern``; zero padding.
 
@@ -110,9 +118,10 @@ def sparse_conv2d(
         values: (nnz,), dtype of x.
         bias: (OC,), dtype of x.
         geometry: stride, padding, dilation, groups.
+        channels_last: return the channels_last memory format even if x is not in it.
 
     Returns:
-        (N, OC, OH, OW) or (OC, OH, OW), contiguous.
+        (N, OC, OH, OW) or (OC, OH, OW), in the memory format of x unless ``channels_last``.
 
     Raises:
         TypeError, ValueError: naming the argument, for a wrong dtype, device, layout or shape.
@@ -127,5 +136,7 @@ def sparse_conv2d(
     if min(geometry.output_size(x.shape[-2:], pattern.shape[2:])) < 1:
         raise ValueError(expected("x", f"an image that the kernel {pattern.shape[2:]} fits into", tuple(x.shape)))
     batch = x if x.dim() == 4 else x.unsqueeze(0)
-    y = _Conv2d.apply(batch.contiguous(), values.contiguous(), bias, pattern, geometry, backends.current())
+    batch = _dense_format(batch)
+    channels_last = channels_last or not batch.is_contiguous()
+    y = _Conv2d.apply(batch, values.contiguous(), bias, pattern, geometry, channels_last, backends.current())
     return y if x.dim() == 4 else y.squeeze(0)

@@ -19,18 +19,25 @@ from sparsebreg.pattern import SparsePattern
 __all__ = ["SparseConv2d", "SparseLayer", "SparseLinear"]
 
 
+def _is_channels_last(weight: torch.Tensor) -> bool:
+    """Whether the weight says so by itself: with one input channel or a 1x1 kernel both formats may fit."""
+    if weight.dim() != 4 or not weight.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return not weight.is_contiguous() or (weight.shape[1] == 1 and weight.stride(1) == 1 < weight[0, 0].numel())
+
+
 class SparseLayer(nn.Module):
     """What the sparse layers share. Not for use by itself."""
 
     pattern: SparsePattern
     values: nn.Parameter
     bias: nn.Parameter | None
-    channels_last = False
 
     def __init__(self, module: nn.Module, pattern: SparsePattern) -> None:
         super().__init__()
         weight = module.weight
         self.pattern = pattern
+        self.channels_last = _is_channels_last(weight)
         self.values = nn.Parameter(pattern.gather(weight), requires_grad=weight.requires_grad)
         self.register_parameter("bias", module.bias)
         self.train(module.training)
@@ -40,9 +47,6 @@ class SparseLayer(nn.Module):
         weight = module.weight
         # Not a submodule: its emptied weight is no parameter of the model.
         self.__dict__["_origin"] = module
-        self.__dict__["channels_last"] = (
-            weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-        )
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             self.__dict__[name] = module.__dict__[name]  # the same dictionary: handles given out stay valid
         for name in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
@@ -149,8 +153,8 @@ def _pattern_of(module: nn.Module, kind: type[nn.Module], mask: torch.Tensor | N
     if why := unsupported(module):
         raise SwapError(f"m: {why}")
     if mask is None:
-        mask = module.weight.detach() != 0
-    elif not isinstance(mask, torch.Tensor) or mask.shape != module.weight.shape:
+        return SparsePattern.from_nonzeros(module.weight)
+    if not isinstance(mask, torch.Tensor) or mask.shape != module.weight.shape:
         raise ValueError(expected("mask", f"shape {tuple(module.weight.shape)}", tuple(getattr(mask, "shape", ()))))
     return SparsePattern.from_mask(mask)
 
@@ -226,7 +230,7 @@ class SparseConv2d(SparseLayer):
         return self._dense(nn.Conv2d, self.in_channels, self.out_channels, self.kernel_size, **self.geometry._asdict())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.sparse_conv2d(x, self.pattern, self.values, self.bias, self.geometry)
+        return functional.sparse_conv2d(x, self.pattern, self.values, self.bias, self.geometry, self.channels_last)
 
     def _sizes(self) -> str:
         g = self.geometry

@@ -103,10 +103,26 @@ class SparsePattern:
             raise TypeError(expected("mask", "a boolean tensor", getattr(mask, "dtype", type(mask).__name__)))
         if mask.dim() < 2:
             raise ValueError(expected("mask", "two or more dimensions", mask.dim()))
-        rows = mask.shape[0]
-        flat = mask.detach().cpu().reshape(rows, math.prod(mask.shape[1:])).contiguous().numpy()
+        return cls._of_nonzeros(mask)
+
+    @classmethod
+    def from_nonzeros(cls, weight: torch.Tensor) -> SparsePattern:
+        """The pattern of the nonzero entries of a dense weight (two dimensions or more).
+
+        Raises:
+            ValueError: for fewer than two dimensions, or more than 2**31 - 1 nonzeros.
+        """
+        if weight.dim() < 2:
+            raise ValueError(expected("weight", "two or more dimensions", weight.dim()))
+        known = weight.dtype in (torch.float32, torch.float64, torch.bool)
+        return cls._of_nonzeros(weight if known else weight != 0)
+
+    @classmethod
+    def _of_nonzeros(cls, dense: torch.Tensor) -> SparsePattern:
+        rows = dense.shape[0]
+        flat = dense.detach().cpu().reshape(rows, math.prod(dense.shape[1:])).contiguous().numpy()
         if (C := native()) is not None:
-            rowptr, col = C.csr_from_mask(flat, torch.get_num_threads())
+            rowptr, col = C.csr_from_dense(flat, torch.get_num_threads())
         else:
             counts = np.count_nonzero(flat, axis=1)
             if counts.sum() > _INT32_MAX:
@@ -114,7 +130,7 @@ class SparsePattern:
             rowptr = np.zeros(rows + 1, dtype=np.int32)
             np.cumsum(counts, out=rowptr[1:])
             col = np.nonzero(flat)[1].astype(np.int32)
-        return cls(tuple(mask.shape), torch.from_numpy(rowptr), torch.from_numpy(col))
+        return cls(tuple(dense.shape), torch.from_numpy(rowptr), torch.from_numpy(col))
 
     @property
     def rows(self) -> int:

@@ -84,7 +84,7 @@ def test_optimizer_state_goes_both_ways(make, steps_before):
     for p in model.parameters():  # dense optimizers fill the zeros: prune again
         if p.dim() > 1:
             p.data *= torch.rand_like(p) < 0.3
-    state_before = copy.deepcopy(optimizer.state_dict()["state"])
+    state_before = [copy.deepcopy(dict(optimizer.state[p])) for p in model.parameters()]
     masks = [p.detach() != 0 if p.dim() > 1 else torch.ones_like(p, dtype=torch.bool) for p in model.parameters()]
     weights_before = [p.detach().clone() for p in model.parameters()]
 
@@ -142,12 +142,26 @@ def test_hooks_and_their_handles_stay_valid():
     assert calls == ["forward", "pre", "pre"]
 
 
-def test_channels_last_comes_back():
+def test_channels_last_comes_back(backend):
     model = network().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 8, 8)
+    y = model[3](model[0](x))
     sb.sparsify_(model, ALWAYS)
+    assert model[0](x).is_contiguous(memory_format=torch.channels_last)
+    close(model[3](model[0](x)), y)
     sb.densify_(model)
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert model[3].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_channels_last_with_one_input_channel():
+    """Both formats fit such a weight; only its strides tell torch which one to return."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3)).to(memory_format=torch.channels_last)
+    strides = model[0].weight.stride()
+    sb.sparsify_(model, ALWAYS)
+    assert model(torch.randn(2, 1, 6, 6)).stride()[1] == 1
+    sb.densify_(model)
+    assert model[0].weight.stride() == strides
 
 
 def test_report_says_why():

@@ -85,6 +85,31 @@ def test_linear(name, engine, dtype, threads):
 
 
 @pytest.mark.parametrize("name", CONV)
+@pytest.mark.parametrize("formats", [(0, 0), (1, 1), (0, 1), (1, 0)], ids=["plain", "last", "x_plain", "y_plain"])
+def test_conv2d_memory_formats(name, formats, engine):
+    """x, and grad_y, in either memory format: the same numbers in the format that torch would return."""
+    n, ic, h, w, oc, kernel, stride, padding, dilation, groups, density = CONV[name]
+    weight, mask = sparse_weight((oc, ic // groups, *kernel), density)
+    pattern, geometry = sb.SparsePattern.from_mask(mask), Geometry(stride, padding, dilation, groups)
+    kinds = [torch.channels_last if f else torch.contiguous_format for f in formats]
+    x = torch.randn(n, ic, h, w, dtype=torch.float64).contiguous(memory_format=kinds[0]).requires_grad_()
+    values, bias = weight[mask].requires_grad_(), torch.randn(oc, dtype=torch.float64)
+    y = sparse_conv2d(x, pattern, values, bias, geometry, channels_last=formats[1] == 1)
+    if formats[1] or not x.is_contiguous():
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    else:
+        assert y.is_contiguous()
+    grad = torch.randn_like(y).contiguous(memory_format=kinds[1])
+    y.backward(grad)
+    twin, dense = x.detach().clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = F.conv2d(twin, dense, bias, *geometry)
+    expected.backward(grad)
+    close(y.detach(), expected.detach())
+    close(x.grad, twin.grad)
+    close(values.grad, dense.grad[mask], scale=1 + dense.grad.abs().max().item() if mask.numel() else 1)
+
+
+@pytest.mark.parametrize("name", CONV)
 def test_conv2d(name, engine, dtype, threads):
     n, ic, h, w, oc, kernel, stride, padding, dilation, groups, density = CONV[name]
     weight, mask = sparse_weight((oc, ic // groups, *kernel), density, dtype)

@@ -77,6 +77,20 @@ def test_round_trip(rows, cols, density, seed):
     assert SparsePattern.from_state_dict(p.state_dict()) == p
 
 
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
+def test_from_nonzeros(name, dtype, builder):
+    mask = MASKS[name]
+    weight = (torch.rand(mask.shape) + 1).mul(mask).to(dtype)
+    assert SparsePattern.from_nonzeros(weight) == SparsePattern.from_mask(mask)
+
+
+def test_nan_is_a_nonzero():
+    weight = torch.zeros(2, 3)
+    weight[1, 1] = float("nan")
+    assert SparsePattern.from_nonzeros(weight).col.tolist() == [1]
+
+
 def test_active_zero_stays():
     p = SparsePattern.from_mask(MASKS["some"])
     values = torch.zeros(p.nnz)

@@ -15,7 +15,8 @@ struct Band {
   int64_t channel;   // elements between channels
 };
 
-// Copies band rows of `C` channels of image block `nb` whose first destination row is `row0`.
+// Fills the band of channels [c0, c1) of image block `nb` whose first destination row is `row0`. `line` holds RB * SY + SY
+// source rows of one channel.
 template <class T>
 void fill_band(const Band& b, const T* data, Layout layout, int64_t N, int64_t nb, int row0, int c0, int c1, T* band,
                T* line) {
@@ -27,13 +28,14 @@ void fill_band(const Band& b, const T* data, Layout layout, int64_t N, int64_t n
   // packing straight into place.
   const int first = most(0, row0 * b.SY + b.OY);
   const int last = least(b.H, (row0 + b.RB - 1) * b.SY + b.OY + b.SY);
+  const Walk walk{layout, b.C, plane};
   for (int c = c0; c < c1; ++c) {
     const T* from = line;
     ptrdiff_t origin = first;
     if (layout == Layout::lanes) {
       from = src + c * plane * LANES;
       origin = 0;
-    } else if (!direct && last > first) {
+    } else if (layout == Layout::plain && !direct && last > first) {
       pack_rows(src + c * plane + int64_t(first) * b.W, image, images, int64_t(last - first) * b.W, line, LANES);
     }
     for (int py = 0; py < b.NY; ++py)
@@ -53,7 +55,13 @@ void fill_band(const Band& b, const T* data, Layout layout, int64_t N, int64_t n
           clear(dst, int64_t(m0) * LANES);
           clear(dst + int64_t(m1) * LANES, int64_t(b.CB - m1) * LANES);
           const int ix = x0 + m0 * b.SX;
-          if (direct)
+          if (layout == Layout::channels_last) {
+            // All channels of a position at once, from the first channel's turn.
+            if (c != c0) continue;
+            for (int m = m0; m < m1; ++m)
+              pack_rows(data + walk.at(nb, c0, int64_t(iy) * b.W + x0 + m * b.SX), image, images, c1 - c0,
+                        dst + m * LANES, b.channel);
+          } else if (direct)
             pack_rows(src + c * plane + int64_t(iy) * b.W + ix, image, images, m1 - m0, dst + m0 * LANES, LANES);
           else
             copy_lanes(from + ((iy - origin) * b.W + ix) * LANES, ptrdiff_t(b.SX) * LANES,
@@ -220,8 +228,8 @@ SB_INLINE int split_channels(int64_t tasks, int threads, int64_t channels) {
 template <class T>
 void conv2d_forward(const ConvArgs<T>& a) {
   if (a.N == 0 || a.OH == 0 || a.OW == 0) return;
-  const bool plain = a.y_layout == Layout::plain;
-  const ConvShape<T> s = forward_shape(a, plain ? int64_t(a.OC) * a.OW * LANES * sizeof(T) : 0, false);
+  const bool through = a.y_layout != Layout::lanes;  // the band's result is computed in scratch, then transposed
+  const ConvShape<T> s = forward_shape(a, through ? int64_t(a.OC) * a.OW * LANES * sizeof(T) : 0, false);
   const Band& b = s.band;
   const Stencil& st = s.stencil;
   const GatherFn<T> fn = gather_fn<T>(s.tile.TR, s.tile.TC);
@@ -232,7 +240,7 @@ void conv2d_forward(const ConvArgs<T>& a) {
   {
     T* band = scratch<T>(slot_source, b.C * b.channel + int64_t(b.RB * b.SY + b.SY) * a.W * LANES);
     T* line = band + b.C * b.channel;
-    T* out = plain ? scratch<T>(slot_dest, int64_t(a.OC) * b.rows * a.OW * LANES) : nullptr;
+    T* out = through ? scratch<T>(slot_dest, int64_t(a.OC) * b.rows * a.OW * LANES) : nullptr;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < blocks * bands * parts; ++task) {
       const int part = int(task % parts);
@@ -251,8 +259,8 @@ void conv2d_forward(const ConvArgs<T>& a) {
       t.ptr_step = st.chunks;
       t.r0 = r0, t.r1 = r1;
       t.bias = a.bias ? a.bias + r0 : nullptr;
-      T* dst = plain ? out : a.y + ((nb * a.OC + r0) * plane + int64_t(row0) * a.OW) * LANES;
-      t.dst_channel = (plain ? int64_t(rows) * a.OW : plane) * LANES;
+      T* dst = through ? out : a.y + ((nb * a.OC + r0) * plane + int64_t(row0) * a.OW) * LANES;
+      t.dst_channel = (through ? int64_t(rows) * a.OW : plane) * LANES;
       t.dst_row = int64_t(a.OW) * LANES;
       t.dst_col = LANES;
       const bool tall = rows >= s.tile.TR;
@@ -272,12 +280,9 @@ void conv2d_forward(const ConvArgs<T>& a) {
           }
         }
       }
-      if (plain) {
-        const int images = int(least<int64_t>(LANES, a.N - nb * LANES));
-        for (int64_t r = r0; r < r1; ++r)
-          unpack_rows(out + (r - r0) * t.dst_channel, LANES, int64_t(rows) * a.OW,
-                      a.y + (nb * LANES * a.OC + r) * plane + int64_t(row0) * a.OW, a.OC * plane, images);
-      }
+      if (through)
+        write_block(Walk{a.y_layout, a.OC, plane}, a.y, nb, int(least<int64_t>(LANES, a.N - nb * LANES)), r0, r1,
+                    int64_t(row0) * a.OW, int64_t(rows) * a.OW, out, t.dst_channel);
     }
   }
 }
@@ -291,7 +296,7 @@ template <class T>
 void conv2d_grad_x(const ConvArgs<T>& a) {
   if (a.N == 0 || a.H == 0 || a.W == 0) return;
   const Index& ix = a.index;
-  const bool plain = a.x_layout == Layout::plain;
+  const bool through = a.x_layout != Layout::lanes;
   const int KK = a.KH * a.KW, ICg = a.IC / a.G, OCg = a.OC / a.G;
   const int phases = a.SH * a.SW;
   // Per tap: phase of the destination and shift of the source. iy = j*SH + p, p = (k*D - P) mod S, oy = j + e.
@@ -326,7 +331,7 @@ void conv2d_grad_x(const ConvArgs<T>& a) {
   b.C = a.OC, b.H = a.OH, b.W = a.OW, b.SY = b.SX = 1, b.OY = ymin, b.OX = xmin, b.NY = b.NX = 1;
   b.CB = JW + xmax - xmin;
   const int64_t row_bytes = int64_t(a.OC) * b.CB * LANES * sizeof(T);
-  b.rows = band_rows(row_bytes, ymax - ymin, tile.TR, JH, plain ? int64_t(a.IC) * a.SH * a.W * LANES * sizeof(T) : 0);
+  b.rows = band_rows(row_bytes, ymax - ymin, tile.TR, JH, through ? int64_t(a.IC) * a.SH * a.W * LANES * sizeof(T) : 0);
   b.RB = b.rows + ymax - ymin;
   b.channel = int64_t(b.RB) * b.CB * LANES;
 
@@ -373,7 +378,7 @@ void conv2d_grad_x(const ConvArgs<T>& a) {
   {
     T* band = scratch<T>(slot_source, b.C * b.channel + int64_t(b.RB + 1) * a.OW * LANES);
     T* line = band + b.C * b.channel;
-    T* out = plain ? scratch<T>(slot_dest, int64_t(a.IC) * b.rows * a.SH * a.W * LANES) : nullptr;
+    T* out = through ? scratch<T>(slot_dest, int64_t(a.IC) * b.rows * a.SH * a.W * LANES) : nullptr;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < blocks * bands * parts; ++task) {
       const int part = int(task % parts);
@@ -390,8 +395,8 @@ void conv2d_grad_x(const ConvArgs<T>& a) {
       t.ptr_step = step;
       t.r0 = r0, t.r1 = r1;
       t.bias = nullptr;
-      T* dst = plain ? out : a.grad_x + ((nb * a.IC + r0) * plane + int64_t(y0) * a.W) * LANES;
-      t.dst_channel = (plain ? int64_t(y1 - y0) * a.W : plane) * LANES;
+      T* dst = through ? out : a.grad_x + ((nb * a.IC + r0) * plane + int64_t(y0) * a.W) * LANES;
+      t.dst_channel = (through ? int64_t(y1 - y0) * a.W : plane) * LANES;
       t.dst_row = int64_t(a.SH) * a.W * LANES;
       t.dst_col = int64_t(a.SW) * LANES;
       for (int f = 0; f < phases; ++f) {
@@ -416,12 +421,9 @@ void conv2d_grad_x(const ConvArgs<T>& a) {
           }
         }
       }
-      if (plain) {
-        const int images = int(least<int64_t>(LANES, a.N - nb * LANES));
-        for (int64_t r = r0; r < r1; ++r)
-          unpack_rows(out + (r - r0) * t.dst_channel, LANES, int64_t(y1 - y0) * a.W,
-                      a.grad_x + (nb * LANES * a.IC + r) * plane + int64_t(y0) * a.W, a.IC * plane, images);
-      }
+      if (through)
+        write_block(Walk{a.x_layout, a.IC, plane}, a.grad_x, nb, int(least<int64_t>(LANES, a.N - nb * LANES)), r0, r1,
+                    int64_t(y0) * a.W, int64_t(y1 - y0) * a.W, out, t.dst_channel);
     }
   }
 }
@@ -476,15 +478,8 @@ void conv2d_grad_values(const ConvArgs<T>& a) {
           t.grad_channel = plane * LANES;
         } else {
           t.grad_channel = int64_t(rows) * a.OW * LANES;
-          for (int64_t r = r0; r < r1; ++r) {
-            T* dst = grad + (r - r0) * t.grad_channel;
-            if (a.y_layout == Layout::lanes)
-              copy_lanes(a.grad_y + ((nb * a.OC + r) * plane + int64_t(row0) * a.OW) * LANES, LANES, images,
-                         int64_t(rows) * a.OW, dst);
-            else
-              pack_rows(a.grad_y + (nb * LANES * a.OC + r) * plane + int64_t(row0) * a.OW, a.OC * plane, images,
-                        int64_t(rows) * a.OW, dst, LANES);
-          }
+          read_block(Walk{a.y_layout, a.OC, plane}, a.grad_y, nb, images, r0, r1, int64_t(row0) * a.OW,
+                     int64_t(rows) * a.OW, grad, t.grad_channel);
           g = grad;
         }
         if (a.grad_bias) {

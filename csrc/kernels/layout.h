@@ -63,6 +63,47 @@ void copy_lanes(const T* src, ptrdiff_t step, int images, int64_t len, T* dst) {
       for (int i = images; i < LANES; ++i) dst[p * LANES + i] = T(0);
 }
 
+// Where channel c, position p of image block nb begins in a tensor of C channels and `plane` positions.
+struct Walk {
+  Layout layout;
+  int64_t C, plane;
+  int64_t at(int64_t nb, int64_t c, int64_t p) const {
+    if (layout == Layout::lanes) return ((nb * C + c) * plane + p) * LANES;
+    return nb * LANES * C * plane + (layout == Layout::plain ? c * plane + p : p * C + c);
+  }
+  int64_t image() const { return C * plane; }
+};
+
+// Positions [p, p + len) of channels [c0, c1) of image block nb, to dst[(c - c0) * dst_channel + i * LANES + lane].
+template <class T>
+void read_block(const Walk& w, const T* data, int64_t nb, int images, int64_t c0, int64_t c1, int64_t p, int64_t len,
+                T* dst, int64_t dst_channel) {
+  if (w.layout == Layout::channels_last) {
+    for (int64_t i = 0; i < len; ++i)
+      pack_rows(data + w.at(nb, c0, p + i), w.image(), images, c1 - c0, dst + i * LANES, dst_channel);
+    return;
+  }
+  for (int64_t c = c0; c < c1; ++c, dst += dst_channel) {
+    if (w.layout == Layout::lanes)
+      copy_lanes(data + w.at(nb, c, p), LANES, images, len, dst);
+    else
+      pack_rows(data + w.at(nb, c, p), w.image(), images, len, dst, LANES);
+  }
+}
+
+// The other way, for plain and channels_last tensors.
+template <class T>
+void write_block(const Walk& w, T* data, int64_t nb, int images, int64_t c0, int64_t c1, int64_t p, int64_t len,
+                 const T* src, int64_t src_channel) {
+  if (w.layout == Layout::channels_last) {
+    for (int64_t i = 0; i < len; ++i)
+      unpack_rows(src + i * LANES, src_channel, c1 - c0, data + w.at(nb, c0, p + i), w.image(), images);
+    return;
+  }
+  for (int64_t c = c0; c < c1; ++c, src += src_channel)
+    unpack_rows(src, LANES, len, data + w.at(nb, c, p), w.image(), images);
+}
+
 template <class T>
 void clear(T* dst, int64_t count) {  // count is a multiple of LANES
   for (int64_t i = 0; i < count; i += Vec<T>::n) store(dst + i, zero<T>());

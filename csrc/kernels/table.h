@@ -11,7 +11,8 @@ namespace sparsebreg {
 
 constexpr int LANES = 16;  // images (or samples) side by side in the lane layout, whatever the instruction set
 
-enum class Layout : int { plain = 0, lanes = 1 };
+// plain: row-major (N, C, H, W) or (N, features); lanes: [ceil(N/16)][C][H][W][16]; channels_last: (N, H, W, C).
+enum class Layout : int { plain = 0, lanes = 1, channels_last = 2 };
 
 // The nonzeros of a (rows x cols) matrix in CSR order, and in CSC order through csc_to_csr. Validated by its owner.
 struct Index {

@@ -31,8 +31,9 @@ class Geometry(NamedTuple):
 class Backend(Protocol):
     """Linear: x (N, in), grad_y (N, out). Conv2d: x (N, IC, H, W), grad_y (N, OC, OH, OW). values (nnz,), bias (rows,).
 
-    All tensors are contiguous, on the CPU, float32 or float64, of one dtype. ``*_backward`` returns (grad_x,
+    All tensors are contiguous (images: in the plain or the channels_last format), on the CPU, float32 or float64, of one dtype. ``*_backward`` returns (grad_x,
     grad_values, grad_bias), each None where ``needs`` says that it is not wanted; x is None if grad_values is not.
+    ``channels_last`` asks for that memory format of y.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Backend(Protocol):
         values: torch.Tensor,
         bias: torch.Tensor | None,
         geometry: Geometry,
+        channels_last: bool,
     ) -> torch.Tensor: ...
 
     def conv2d_backward(

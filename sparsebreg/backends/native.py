@@ -9,8 +9,24 @@ from sparsebreg.backends._protocol import Geometry
 from sparsebreg.errors import BackendError
 
 
+PLAIN, LANES, CHANNELS_LAST = 0, 1, 2
+
+
 def _array(t: torch.Tensor | None):
     return None if t is None else t.detach().numpy()
+
+
+def _image(t: torch.Tensor | None, layout: int):
+    if t is not None and layout == CHANNELS_LAST:
+        t = t.permute(0, 2, 3, 1)
+    return _array(t)
+
+
+def _layout(t: torch.Tensor) -> int:
+    return PLAIN if t.is_contiguous() else CHANNELS_LAST
+
+
+FORMAT = {PLAIN: torch.contiguous_format, CHANNELS_LAST: torch.channels_last}
 
 
 def _geometry(pattern, geometry: Geometry, x_shape) -> list[int]:
@@ -43,7 +59,7 @@ class NativeBackend:
     def linear_forward(self, pattern, x, values, bias):
         y = x.new_empty(x.shape[0], pattern.rows)
         self.C.linear_forward(
-            pattern.native_index(), x.shape[0], _array(x), False, _array(values), _array(bias), _array(y), False,
+            pattern.native_index(), x.shape[0], _array(x), PLAIN, _array(values), _array(bias), _array(y), PLAIN,
             torch.get_num_threads(),
         )  # fmt: skip
         return y
@@ -53,27 +69,31 @@ class NativeBackend:
         grad_values = torch.empty_like(values) if needs[1] else None
         grad_bias = grad_y.new_empty(pattern.rows) if needs[2] else None
         self.C.linear_backward(
-            pattern.native_index(), grad_y.shape[0], _array(grad_y), False, _array(x), False, _array(values),
+            pattern.native_index(), grad_y.shape[0], _array(grad_y), PLAIN, _array(x), PLAIN, _array(values),
             _array(grad_x), _array(grad_values), _array(grad_bias), torch.get_num_threads(),
         )  # fmt: skip
         return grad_x, grad_values, grad_bias
 
-    def conv2d_forward(self, pattern, x, values, bias, geometry):
-        y = x.new_empty(x.shape[0], pattern.rows, *geometry.output_size(x.shape[2:], pattern.shape[2:]))
+    def conv2d_forward(self, pattern, x, values, bias, geometry, channels_last):
+        layout, y_layout = _layout(x), CHANNELS_LAST if channels_last else PLAIN
+        size = geometry.output_size(x.shape[2:], pattern.shape[2:])
+        y = torch.empty((x.shape[0], pattern.rows, *size), dtype=x.dtype, memory_format=FORMAT[y_layout])
         self.C.conv2d_forward(
-            pattern.native_index(), x.shape[0], _geometry(pattern, geometry, x.shape), _array(x), False,
-            _array(values), _array(bias), _array(y), False, torch.get_num_threads(),
+            pattern.native_index(), x.shape[0], _geometry(pattern, geometry, x.shape), _image(x, layout), layout,
+            _array(values), _array(bias), _image(y, y_layout), y_layout, torch.get_num_threads(),
         )  # fmt: skip
         return y
 
     def conv2d_backward(self, pattern, grad_y, x, values, geometry, x_shape, needs):
-        grad_x = grad_y.new_empty(x_shape) if needs[0] else None
+        layout = _layout(grad_y)
+        x_layout = layout if x is None else _layout(x)
+        grad_x = torch.empty(x_shape, dtype=grad_y.dtype, memory_format=FORMAT[x_layout]) if needs[0] else None
         grad_values = torch.empty_like(values) if needs[1] else None
         grad_bias = grad_y.new_empty(pattern.rows) if needs[2] else None
         self.C.conv2d_backward(
-            pattern.native_index(), x_shape[0], _geometry(pattern, geometry, x_shape), _array(grad_y), False,
-            _array(x), False, _array(values), _array(grad_x), _array(grad_values), _array(grad_bias),
-            torch.get_num_threads(),
+            pattern.native_index(), x_shape[0], _geometry(pattern, geometry, x_shape), _image(grad_y, layout), layout,
+            _image(x, x_layout), x_layout, _array(values), _image(grad_x, x_layout), _array(grad_values),
+            _array(grad_bias), torch.get_num_threads(),
         )  # fmt: skip
         return grad_x, grad_values, grad_bias
 

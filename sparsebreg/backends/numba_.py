@@ -84,7 +84,7 @@ def _to_lanes(x: torch.Tensor, pad: tuple[int, int, int, int], phases: tuple[int
     high, wide = x.shape[2] + pad[2] + pad[3], x.shape[3] + pad[0] + pad[1]
     high, wide = _pad_to(high, sh) - high, _pad_to(wide, sw) - wide
     x = F.pad(x, (pad[0], pad[1] + wide, pad[2], pad[3] + high, 0, 0, 0, _pad_to(n, LANES) - n))
-    x = x.view(-1, LANES, c, x.shape[2] // sh, sh, x.shape[3] // sw, sw)
+    x = x.reshape(-1, LANES, c, x.shape[2] // sh, sh, x.shape[3] // sw, sw)
     return x.permute(0, 2, 4, 6, 3, 5, 1).contiguous()
 
 
@@ -175,14 +175,15 @@ class NumbaBackend:
         key = ("numba", geometry, tuple(x_shape[2:]))
         return pattern.cached(key, lambda: self._forward_plan(pattern, geometry, x_shape))
 
-    def conv2d_forward(self, pattern, x, values, bias, geometry):
+    def conv2d_forward(self, pattern, x, values, bias, geometry, channels_last):
         offset, pad, src_row, (oh, ow) = self._plan(pattern, geometry, x.shape)
         src = _to_lanes(x, pad, geometry.stride)
         y = self._run_gather(
             src, offset, values, pattern.rowptr.numpy(), bias, oh, src_row, ow * LANES, src.shape[0], pattern.rows
         )
         y = y.view(-1, pattern.rows, oh, ow, LANES).permute(0, 4, 1, 2, 3)
-        return y.reshape(-1, pattern.rows, oh, ow)[: x.shape[0]].contiguous()
+        y = y.reshape(-1, pattern.rows, oh, ow)[: x.shape[0]]
+        return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     def _backward_plan(self, pattern, geometry: Geometry, x_shape):
         """The nonzeros sorted by (input channel, phase of the destination), and their offsets in grad_y."""

@@ -22,8 +22,9 @@ class ReferenceBackend:
             grad_y.sum(0) if needs[2] else None,
         )
 
-    def conv2d_forward(self, pattern, x, values, bias, geometry):
-        return F.conv2d(x, pattern.scatter(values), bias, *geometry)
+    def conv2d_forward(self, pattern, x, values, bias, geometry, channels_last):
+        y = F.conv2d(x, pattern.scatter(values), bias, *geometry)
+        return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     def conv2d_backward(
         self,

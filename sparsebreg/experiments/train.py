@@ -29,8 +29,8 @@ from sparsebreg.models import MODELS
 #: Default options of every method: chosen on a validation split of Fashion-MNIST.
 METHODS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.05, "momentum": 0.9},
-    "linbreg": {"lr": 0.5, "momentum": 0.9, "lam": 0.05},
-    "ml-linbreg": {"lr": 0.5, "momentum": 0.9, "lam": 0.05, "coarse_steps": 99},
+    "linbreg": {"lr": 1.0, "momentum": 0.9, "lam": 0.05},
+    "ml-linbreg": {"lr": 1.0, "momentum": 0.9, "lam": 0.03, "coarse_steps": 29},
 }
 
 
@@ -51,7 +51,7 @@ class Config:
     weight_decay: float = 0.0
     lam: float | None = None
     coarse_steps: int | None = None
-    init_density: float = 0.05
+    init_density: float = 0.02
     seed: int = 0
     threads: int | None = None
 
@@ -95,22 +95,38 @@ class Run:
         self.layer_flops = flops.per_layer(self.model, (1, *data.shape))
         self.flops_done = self.flops_sgd = 0.0
 
-    def take_better_format(self, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Times a few steps of copies in both memory formats and keeps the faster one, for an honest dense baseline."""
-        if not any(isinstance(m, nn.Conv2d) for m in self.model.modules()):
-            return
+    def twin(self) -> Run:
+        """A copy that can be trained without changing this run."""
+        copied = copy.copy(self)
+        copied.model, copied.optimizer, copied.cycle = copy.deepcopy((self.model, self.optimizer, self.cycle))
+        return copied
+
+    def warm_up(self, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Steps of a copy, so that no run pays for first-call costs (Numba compiles, torch picks kernels).
+
+        Models with convolutions also get the memory format in which their steps were faster, for an honest baseline.
+        """
+        formats = [torch.contiguous_format]
+        if any(isinstance(m, nn.Conv2d) for m in self.model.modules()):
+            formats.append(torch.channels_last)
+        state = torch.get_rng_state()
         seconds = {}
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            model = copy.deepcopy(self.model).to(memory_format=memory_format)
-            x = batch[0].contiguous(memory_format=memory_format)
+        for memory_format in formats:
+            copied = self.twin()
+            copied.set_format(memory_format)
             times = []
-            for _ in range(5):
+            for _ in range(7):
                 begin = time.perf_counter()
-                F.cross_entropy(model(x), batch[1]).backward()
+                copied.step(*batch)
                 times.append(time.perf_counter() - begin)
-            seconds[memory_format] = statistics.median(times[1:])
-        self.format = min(seconds, key=seconds.get)  # type: ignore[arg-type]
-        self.model.to(memory_format=self.format)
+            seconds[memory_format] = statistics.median(times[2:])
+        self.set_format(min(seconds, key=seconds.get))  # type: ignore[arg-type]
+        torch.set_rng_state(state)
+
+    def set_format(self, memory_format: torch.memory_format) -> None:
+        self.format = memory_format
+        if memory_format is torch.channels_last:
+            self.model.to(memory_format=memory_format)
 
     @property
     def phase(self) -> str:
@@ -189,9 +205,7 @@ def train(config: Config, progress: Callable[..., Any] | None = None) -> dict[st
         torch.set_num_threads(config.threads)
     run = Run(config, data)
     folder = prepare_folder(config.out)
-    if config.method == "sgd":
-        run.take_better_format((data.train.images[: config.batch_size], data.train.labels[: config.batch_size]))
-    _warm_up(run)
+    run.warm_up((data.train.images[: config.batch_size], data.train.labels[: config.batch_size]))
 
     order = torch.Generator().manual_seed(config.seed)
     seconds: dict[str, list[float]] = {"fine": [], "coarse": []}
@@ -268,18 +282,6 @@ def train(config: Config, progress: Callable[..., Any] | None = None) -> dict[st
     }
     _write(folder, run, result, history)
     return result
-
-
-def _warm_up(run: Run) -> None:
-    """Steps of a copy, so that no run pays for first-call costs (Numba compiles, torch picks kernels)."""
-    copied = copy.deepcopy((run.model, run.optimizer, run.cycle))
-    state = torch.get_rng_state()
-    twin = copy.copy(run)
-    twin.model, twin.optimizer, twin.cycle = copied
-    split = run.data.train
-    for _ in range(4):
-        twin.step(split.images[: run.config.batch_size], split.labels[: run.config.batch_size])
-    torch.set_rng_state(state)
 
 
 def _write(folder: Path, run: Run, result: dict[str, Any], history: list[dict[str, Any]]) -> None:

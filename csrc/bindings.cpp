@@ -12,6 +12,7 @@
 #include "dispatch.h"
 #include "memory.h"
 #include "pattern.h"
+#include "pool.h"
 
 namespace py = pybind11;
 
@@ -264,6 +265,27 @@ void repack(bool packing, int64_t N, int64_t C, int64_t P, const py::array& src,
   });
 }
 
+// Uninitialised bytes from the pool; they go back to it when the last tensor or array over them dies.
+py::array pool_empty(size_t bytes) {
+  struct Block {
+    void* data;
+    size_t size;
+  };
+  auto* block = new Block{nullptr, 0};
+  try {
+    block->data = pool_take(bytes, &block->size);
+  } catch (...) {
+    delete block;
+    throw;
+  }
+  py::capsule owner(block, [](void* p) {
+    auto* b = static_cast<Block*>(p);
+    pool_give(b->data, b->size);
+    delete b;
+  });
+  return py::array_t<uint8_t>({py::ssize_t(bytes)}, {py::ssize_t(1)}, static_cast<uint8_t*>(block->data), owner);
+}
+
 void linbreg_step(py::array p, const py::array& g, py::array v, Maybe m, double lr, double beta, double delta,
                   double lam, double weight_decay, bool maximize, int threads) {
   for_dtype(p, [&](auto zero) {
@@ -356,5 +378,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("transpose", &transpose);
   m.def("gather", &gather_values);
   m.def("scatter", &scatter_values);
+  m.def("pool_empty", &pool_empty);
+  m.def("pool_limit", &pool_limit);
+  m.def("pool_held", &pool_held);
+  m.def("pool_release", &pool_release);
   m.def("release_scratch", &release_scratch);
 }

@@ -1,6 +1,6 @@
 """Sparse training of neural networks that is faster on CPUs, not only in theory."""
 
-from sparsebreg import flops, models, nn
+from sparsebreg import flops, memory, models, nn
 from sparsebreg._info import Info, info
 from sparsebreg._version import __version__
 from sparsebreg.backends import set_backend, use_backend
@@ -29,6 +29,7 @@ __all__ = [
     "densify_",
     "flops",
     "info",
+    "memory",
     "models",
     "nn",
     "param_groups",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsebreg import _extension
+from sparsebreg import _extension, memory
 from sparsebreg.backends._protocol import Geometry
 from sparsebreg.errors import BackendError
 
@@ -57,7 +57,7 @@ class NativeBackend:
         return self.C.isa()
 
     def linear_forward(self, pattern, x, values, bias):
-        y = x.new_empty(x.shape[0], pattern.rows)
+        y = memory.empty((x.shape[0], pattern.rows), x.dtype)
         self.C.linear_forward(
             pattern.native_index(), x.shape[0], _array(x), PLAIN, _array(values), _array(bias), _array(y), PLAIN,
             torch.get_num_threads(),
@@ -65,7 +65,7 @@ class NativeBackend:
         return y
 
     def linear_backward(self, pattern, grad_y, x, values, needs):
-        grad_x = grad_y.new_empty(grad_y.shape[0], pattern.cols) if needs[0] else None
+        grad_x = memory.empty((grad_y.shape[0], pattern.cols), grad_y.dtype) if needs[0] else None
         grad_values = torch.empty_like(values) if needs[1] else None
         grad_bias = grad_y.new_empty(pattern.rows) if needs[2] else None
         self.C.linear_backward(
@@ -77,7 +77,7 @@ class NativeBackend:
     def conv2d_forward(self, pattern, x, values, bias, geometry, channels_last):
         layout, y_layout = _layout(x), CHANNELS_LAST if channels_last else PLAIN
         size = geometry.output_size(x.shape[2:], pattern.shape[2:])
-        y = torch.empty((x.shape[0], pattern.rows, *size), dtype=x.dtype, memory_format=FORMAT[y_layout])
+        y = memory.empty((x.shape[0], pattern.rows, *size), x.dtype, FORMAT[y_layout])
         self.C.conv2d_forward(
             pattern.native_index(), x.shape[0], _geometry(pattern, geometry, x.shape), _image(x, layout), layout,
             _array(values), _array(bias), _image(y, y_layout), y_layout, torch.get_num_threads(),
@@ -87,7 +87,7 @@ class NativeBackend:
     def conv2d_backward(self, pattern, grad_y, x, values, geometry, x_shape, needs):
         layout = _layout(grad_y)
         x_layout = layout if x is None else _layout(x)
-        grad_x = torch.empty(x_shape, dtype=grad_y.dtype, memory_format=FORMAT[x_layout]) if needs[0] else None
+        grad_x = memory.empty(tuple(x_shape), grad_y.dtype, FORMAT[x_layout]) if needs[0] else None
         grad_values = torch.empty_like(values) if needs[1] else None
         grad_bias = grad_y.new_empty(pattern.rows) if needs[2] else None
         self.C.conv2d_backward(

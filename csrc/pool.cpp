@@ -1,0 +1,97 @@
+#include "pool.h"
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace sparsebreg {
+namespace {
+
+constexpr size_t BLOCK = size_t(2) << 20;
+
+struct Pool {
+  std::mutex lock;
+  std::multimap<size_t, void*> blocks;
+  size_t held = 0;
+  size_t limit = size_t(2) << 30;
+};
+
+// Never destroyed: tensors may outlive static destructors at interpreter exit.
+Pool& pool() {
+  static Pool* p = new Pool;
+  return *p;
+}
+
+}  // namespace
+
+void* pool_take(size_t bytes, size_t* size) {
+  const size_t want = bytes == 0 ? BLOCK : (bytes + BLOCK - 1) / BLOCK * BLOCK;
+  Pool& p = pool();
+  {
+    std::lock_guard<std::mutex> guard(p.lock);
+    const auto found = p.blocks.lower_bound(want);
+    // A block a little too large is better than a new one.
+    if (found != p.blocks.end() && found->first <= want + want / 4) {
+      void* block = found->second;
+      *size = found->first;
+      p.held -= found->first;
+      p.blocks.erase(found);
+      return block;
+    }
+  }
+  void* block = nullptr;
+  if (posix_memalign(&block, BLOCK, want) != 0) throw std::bad_alloc();
+#if defined(__linux__)
+  madvise(block, want, MADV_HUGEPAGE);
+#endif
+  *size = want;
+  return block;
+}
+
+void pool_give(void* block, size_t size) {
+  Pool& p = pool();
+  {
+    std::lock_guard<std::mutex> guard(p.lock);
+    if (p.held + size <= p.limit) {
+      p.blocks.emplace(size, block);
+      p.held += size;
+      return;
+    }
+  }
+  std::free(block);
+}
+
+size_t pool_release() {
+  Pool& p = pool();
+  std::lock_guard<std::mutex> guard(p.lock);
+  const size_t total = p.held;
+  for (const auto& entry : p.blocks) std::free(entry.second);
+  p.blocks.clear();
+  p.held = 0;
+  return total;
+}
+
+size_t pool_limit(size_t bytes) {
+  Pool& p = pool();
+  size_t before;
+  {
+    std::lock_guard<std::mutex> guard(p.lock);
+    before = p.limit;
+    p.limit = bytes;
+  }
+  if (pool_held() > bytes) pool_release();
+  return before;
+}
+
+size_t pool_held() {
+  Pool& p = pool();
+  std::lock_guard<std::mutex> guard(p.lock);
+  return p.held;
+}
+
+}  // namespace sparsebreg

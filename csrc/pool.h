@@ -1,0 +1,25 @@
+// Large blocks for activations and gradients, kept when they are given back: PyTorch's CPU allocator maps and unmaps
+// them every step, and the page faults cost as much as sparse arithmetic. Safe across threads.
+#pragma once
+
+#include <cstddef>
+
+namespace sparsebreg {
+
+// A block of at least `bytes`, aligned to 2 MB with huge pages asked for; `*size` is what it holds. Content undefined.
+// Throws std::bad_alloc.
+void* pool_take(size_t bytes, size_t* size);
+
+// Gives a block back; it is kept for later unless the pool would then hold more than its limit.
+void pool_give(void* block, size_t size);
+
+// Frees all blocks that the pool holds; returns how many bytes that were.
+size_t pool_release();
+
+// How many bytes the pool may hold while nobody uses them; 0 keeps nothing. Returns the limit before.
+size_t pool_limit(size_t bytes);
+
+// Bytes held and not in use.
+size_t pool_held();
+
+}  // namespace sparsebreg

@@ -7,8 +7,8 @@
 
 namespace sparsebreg {
 
-// Number of nonzeros in each row of dense (rows x cols; T is uint8_t for a mask), as rowptr (rows + 1). Returns nnz, or -1
-// where it does not fit int32 (rowptr is then unspecified). NaN counts as nonzero. Cost: one pass.
+// Number of nonzeros in each row of dense (rows x cols; T is uint8_t for a mask), as rowptr (rows + 1). Returns nnz, or
+// -1 where it does not fit int32 (rowptr is then unspecified). NaN counts as nonzero. Cost: one pass.
 template <class T>
 int64_t count_rows(const T* dense, int64_t rows, int64_t cols, int32_t* rowptr, int threads);
 

@@ -54,7 +54,7 @@ CONV = {
 }
 
 
-@pytest.fixture(params=[1, 2, 5])
+@pytest.fixture(params=[1, 3])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

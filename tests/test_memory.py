@@ -79,8 +79,7 @@ def test_limit_and_off_switch():
 @pytest.mark.parametrize(("value", "text"), [("0", "0"), ("8", "4194304"), ("much", "SPARSEBREG_POOL_MB: expected")])
 def test_environment(value, text):
     code = (
-        "import torch, sparsebreg as sb\n"
-        "t = sb.memory.empty((1 << 20,), torch.float32); del t; print(sb.memory.held())"
+        "import torch, sparsebreg as sb\nt = sb.memory.empty((1 << 20,), torch.float32); del t; print(sb.memory.held())"
     )
     env = {**os.environ, "SPARSEBREG_POOL_MB": value}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)

@@ -15,8 +15,8 @@ struct Band {
   int64_t channel;   // elements between channels
 };
 
-// Fills the band of channels [c0, c1) of image block `nb` whose first destination row is `row0`. `line` holds RB * SY + SY
-// source rows of one channel.
+// Fills the band of channels [c0, c1) of image block `nb` whose first destination row is `row0`. `line` holds RB * SY +
+// SY source rows of one channel.
 template <class T>
 void fill_band(const Band& b, const T* data, Layout layout, int64_t N, int64_t nb, int row0, int c0, int c1, T* band,
                T* line) {

@@ -30,7 +30,7 @@ from sparsebreg.models import MODELS
 METHODS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.05, "momentum": 0.9},
     "linbreg": {"lr": 1.0, "momentum": 0.9, "lam": 0.05},
-    "ml-linbreg": {"lr": 1.0, "momentum": 0.9, "lam": 0.03, "coarse_steps": 29},
+    "ml-linbreg": {"lr": 3.0, "momentum": 0.9, "lam": 0.06, "coarse_steps": 29},
 }
 
 
@@ -52,6 +52,7 @@ class Config:
     lam: float | None = None
     coarse_steps: int | None = None
     init_density: float = 0.02
+    schedule: str = "cosine"
     seed: int = 0
     threads: int | None = None
 
@@ -60,6 +61,7 @@ class Config:
         check_choice("data", self.data, datasets.DATASETS)
         check_choice("model", self.model, MODELS)
         check_choice("method", self.method, METHODS)
+        check_choice("schedule", self.schedule, SCHEDULES)
         given = {k: v for k, v in asdict(self).items() if v is not None}
         for name in ("lam", "coarse_steps"):
             if name in given and name not in METHODS[self.method]:
@@ -72,6 +74,13 @@ class Config:
         if c.threads is not None:
             check_int("threads", c.threads, low=1)
         return c
+
+
+#: Learning-rate schedules: the factor at a fraction of the run.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * min(1.0, done))),
+}
 
 
 class Run:
@@ -92,13 +101,20 @@ class Run:
             self.optimizer = sb.LinBreg(groups, delta=config.delta, **options)
             if config.method.startswith("ml-"):
                 self.cycle = sb.Multilevel(self.model, self.optimizer, coarse_steps=config.coarse_steps)
+        self.steps = config.epochs * math.ceil(len(data.train) / config.batch_size)
+        self.schedule = self._schedule(self.optimizer)
         self.layer_flops = flops.per_layer(self.model, (1, *data.shape))
         self.flops_done = self.flops_sgd = 0.0
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        factor = SCHEDULES[self.config.schedule]
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / self.steps))
 
     def twin(self) -> Run:
         """A copy that can be trained without changing this run."""
         copied = copy.copy(self)
         copied.model, copied.optimizer, copied.cycle = copy.deepcopy((self.model, self.optimizer, self.cycle))
+        copied.schedule = self._schedule(copied.optimizer)
         return copied
 
     def warm_up(self, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -139,6 +155,7 @@ class Run:
         loss = F.cross_entropy(self.model(x), y)
         loss.backward()
         (self.cycle or self.optimizer).step()
+        self.schedule.step()
         return loss.detach()
 
     def count_flops(self, phase: str, samples: int, density: flops.StepFlops) -> None:
@@ -211,8 +228,7 @@ def train(config: Config, progress: Callable[..., Any] | None = None) -> dict[st
     seconds: dict[str, list[float]] = {"fine": [], "coarse": []}
     history: list[dict[str, Any]] = []
     total, steps = 0.0, 0
-    per_epoch = math.ceil(len(data.train) / config.batch_size)
-    bar = progress(total=config.epochs * per_epoch, desc=f"{config.method} seed {config.seed}") if progress else None
+    bar = progress(total=run.steps, desc=f"{config.method} seed {config.seed}") if progress else None
     for epoch in range(1, config.epochs + 1):
         losses = torch.zeros(())
         batches = datasets.batches(data.train, config.batch_size, order)
@@ -295,6 +311,7 @@ def _write(folder: Path, run: Run, result: dict[str, Any], history: list[dict[st
         "result": result,
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
+        "schedule": {"steps": run.schedule.last_epoch},
         "cycle": run.cycle.state_dict() if run.cycle else None,
     }
     temporary = folder / "checkpoint.pt.part"

@@ -44,7 +44,6 @@ class SparseLayer(nn.Module):
 
     def swap_for(self, module: nn.Module) -> None:
         """Takes the place of ``module``: its hooks fire here, and :meth:`origin` gives it back."""
-        weight = module.weight
         # Not a submodule: its emptied weight is no parameter of the model.
         self.__dict__["_origin"] = module
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):

@@ -31,9 +31,9 @@ class Geometry(NamedTuple):
 class Backend(Protocol):
     """Linear: x (N, in), grad_y (N, out). Conv2d: x (N, IC, H, W), grad_y (N, OC, OH, OW). values (nnz,), bias (rows,).
 
-    All tensors are contiguous (images: in the plain or the channels_last format), on the CPU, float32 or float64, of one dtype. ``*_backward`` returns (grad_x,
-    grad_values, grad_bias), each None where ``needs`` says that it is not wanted; x is None if grad_values is not.
-    ``channels_last`` asks for that memory format of y.
+    All tensors are contiguous (images in the plain or the channels_last format), on the CPU, float32 or float64, of one
+    dtype. ``*_backward`` returns (grad_x, grad_values, grad_bias), each None where ``needs`` says it is not wanted; x
+    is None if grad_values is not. ``channels_last`` asks for that memory format of y.
     """
 
     name: str

@@ -8,7 +8,6 @@ from sparsebreg import _extension, memory
 from sparsebreg.backends._protocol import Geometry
 from sparsebreg.errors import BackendError
 
-
 PLAIN, LANES, CHANNELS_LAST = 0, 1, 2
 
 

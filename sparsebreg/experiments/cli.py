@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--momentum", type=float, help="default: the method's own")
         p.add_argument("--delta", type=float, default=1.0, help="elastic-net parameter δ")
         p.add_argument("--weight-decay", type=float, default=0.0)
-        p.add_argument("--init-density", type=float, default=0.02, help="density of the sparse start")
+        p.add_argument("--init-density", type=float, help="density of the sparse start")
         p.add_argument("--schedule", default="cosine", help=f"of the learning rate: one of {', '.join(SCHEDULES)}")
         p.add_argument("--threads", type=int, help="default: torch's")
         p.add_argument("--out", required=True, help="folder for the results")

@@ -15,13 +15,13 @@ from tabulate import tabulate
 
 from sparsebreg.errors import RunError, check_choice
 from sparsebreg.experiments import plots
-from sparsebreg.experiments.train import METHODS, Config, prepare_folder
+from sparsebreg.experiments.train import METHODS, SPECIAL, Config, prepare_folder
 
 
 def compare(base: Config, methods: list[str], seeds: list[int], quiet: bool = False) -> list[dict[str, Any]]:
     """Trains every method with every seed, one after another in processes of their own, below ``base.out``.
 
-    Options that a method does not take (``lam`` for sgd) are left out for it.
+    Options in ``SPECIAL`` that a method does not take (``lam`` for sgd) are left out for it.
 
     Returns:
         The rows of the table, one per method.
@@ -34,7 +34,7 @@ def compare(base: Config, methods: list[str], seeds: list[int], quiet: bool = Fa
         check_choice("methods", method, METHODS)
         for seed in seeds:
             own = {
-                name: getattr(base, name) if name in METHODS[method] or name not in ("lam", "coarse_steps") else None
+                name: getattr(base, name) if name in METHODS[method] or name not in SPECIAL else None
                 for name in (f.name for f in fields(Config))
             }
             config = replace(Config(**own), method=method, seed=seed, out=str(Path(base.out) / f"{method}-seed{seed}"))

@@ -157,9 +157,12 @@ def plan_freeze(
         if not isinstance(module, REGULARISED):
             continue
         weight = module.weight
+        if nn.parameter.is_lazy(weight):
+            plan.report.layers.append(LayerReport(name, type(module).__name__, (), 0, "dense", "not initialised yet"))
+            continue
         reason = unsupported(module)
-        pattern = SparsePattern.from_nonzeros(weight)
-        nnz = pattern.nnz
+        pattern = SparsePattern.from_nonzeros(weight) if weight.device.type == "cpu" else None
+        nnz = pattern.nnz if pattern is not None else weight.numel()
         sparsity = 1 - nnz / max(1, weight.numel())
         group = groups.get(id(weight))
         if not reason and module is model:

@@ -270,6 +270,22 @@ def test_densify_with_a_strange_optimizer_is_refused():
     assert same(snapshot(model), before)
 
 
+def test_lazy_half_and_meta_layers_are_left_alone():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4).half(), nn.Linear(4, 4, device="meta"))
+    reasons = [r.reason for r in sb.sparsify_(model, ALWAYS).layers]
+    assert reasons[0] == "not initialised yet"
+    assert reasons[1:] == ["weights of dtype torch.float16 are not supported", "weights on meta are not supported"]
+
+
+def test_dtype_may_change_while_frozen():
+    model = network()
+    sb.sparsify_(model, ALWAYS)
+    model.double()
+    sb.densify_(model)
+    assert all(p.dtype is torch.float64 for p in model.parameters())
+    model(torch.randn(2, 3, 8, 8).double()).sum().backward()
+
+
 def test_a_lone_layer_cannot_be_replaced():
     layer = nn.Linear(4, 4)
     layer.weight.data.zero_()

@@ -12,7 +12,8 @@
 namespace sparsebreg {
 namespace {
 
-constexpr size_t BLOCK = size_t(2) << 20;
+constexpr size_t BLOCK = size_t(2) << 20;  // a huge page
+constexpr size_t PIECE = size_t(64) << 10;  // sizes below a block are rounded up to this
 
 struct Pool {
   std::mutex lock;
@@ -30,7 +31,8 @@ Pool& pool() {
 }  // namespace
 
 void* pool_take(size_t bytes, size_t* size) {
-  const size_t want = bytes == 0 ? BLOCK : (bytes + BLOCK - 1) / BLOCK * BLOCK;
+  const size_t step = bytes < BLOCK ? PIECE : BLOCK;
+  const size_t want = bytes == 0 ? step : (bytes + step - 1) / step * step;
   Pool& p = pool();
   {
     std::lock_guard<std::mutex> guard(p.lock);
@@ -45,9 +47,9 @@ void* pool_take(size_t bytes, size_t* size) {
     }
   }
   void* block = nullptr;
-  if (posix_memalign(&block, BLOCK, want) != 0) throw std::bad_alloc();
+  if (posix_memalign(&block, step == BLOCK ? BLOCK : 4096, want) != 0) throw std::bad_alloc();
 #if defined(__linux__)
-  madvise(block, want, MADV_HUGEPAGE);
+  if (step == BLOCK) madvise(block, want, MADV_HUGEPAGE);
 #endif
   *size = want;
   return block;

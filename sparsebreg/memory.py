@@ -16,7 +16,7 @@ from sparsebreg.errors import check_int
 __all__ = ["empty", "held", "release", "set_limit"]
 
 #: Smaller tensors come from torch: its allocator reuses those.
-SMALL = 1 << 20
+SMALL = 128 << 10
 
 _FORMATS = {torch.contiguous_format: (0, 1, 2, 3), torch.channels_last: (0, 2, 3, 1)}
 

@@ -276,7 +276,9 @@ def train(config: Config, progress: Callable[..., Any] | None = None) -> dict[st
             }
         )
         if bar is not None:
-            bar.set_postfix(accuracy=f"{history[-1]['test_accuracy']:.1f}%", density=f"{history[-1]['density']:.1%}")
+            last = history[-1]
+            text = f"accuracy {last['test_accuracy']:.1f} %, density {last['density']:.1%}"
+            bar.set_postfix_str(text, refresh=False)
     if bar is not None:
         bar.close()
     facts = sb.info()

@@ -12,7 +12,7 @@
 namespace sparsebreg {
 namespace {
 
-constexpr size_t BLOCK = size_t(2) << 20;  // a huge page
+constexpr size_t BLOCK = size_t(2) << 20;   // a huge page
 constexpr size_t PIECE = size_t(64) << 10;  // sizes below a block are rounded up to this
 
 struct Pool {

@@ -6,8 +6,8 @@
 
 namespace sparsebreg {
 
-// A block of at least `bytes`; from 2 MB on aligned to 2 MB with huge pages asked for. `*size` is what it holds. Content
-// undefined. Throws std::bad_alloc.
+// A block of at least `bytes`; from 2 MB on aligned to 2 MB with huge pages asked for. `*size` is what it holds.
+// Content undefined. Throws std::bad_alloc.
 void* pool_take(size_t bytes, size_t* size);
 
 // Gives a block back; it is kept for later unless the pool would then hold more than its limit.

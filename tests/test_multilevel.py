@@ -131,9 +131,9 @@ def test_some_layers_stay_dense_and_frozen():
     run(model, optimizer, cycle, batches, 9)
     assert not dense.weight.detach()[zero].any()
     assert dense.weight.detach()[~zero].any()
+    assert torch.equal(optimizer.state[dense.weight]["active"], ~zero)
     cycle.thaw()
-    run(model, optimizer, cycle, batches, 1)
-    assert "active" not in optimizer.state[dense.weight] or cycle.phase == "coarse"
+    assert "active" not in optimizer.state[dense.weight]
 
 
 @pytest.mark.parametrize("kind", ["mlp", "convnet"])
@@ -218,7 +218,7 @@ def save_and_load(*objects):
     return torch.load(buffer, weights_only=True)
 
 
-@pytest.mark.parametrize("steps", [4, 6, 8], ids=["fine_phase", "just_frozen", "inside_coarse_steps"])
+@pytest.mark.parametrize("steps", [5, 6, 8], ids=["fine_phase", "just_frozen", "inside_coarse_steps"])
 @pytest.mark.parametrize("config", [ALWAYS, None], ids=["all_sparse", "some_stay_dense"])
 @pytest.mark.parametrize("kind", ["mlp", "convnet"])
 @pytest.mark.parametrize("how", ["state_dict", "state_dict_optimizer_first", "deepcopy", "pickle"])

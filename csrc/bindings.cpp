@@ -299,6 +299,119 @@ void linbreg_step(py::array p, const py::array& g, py::array v, Maybe m, double 
   });
 }
 
+// geometry: H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW. Without grad_y: forward into y and codes; else into grad_x.
+void max_pool(int64_t planes, const std::vector<int>& geometry, const Maybe& x, Maybe y, py::array codes,
+              const Maybe& grad_y, Maybe grad_x, int threads) {
+  const bool forward = x.has_value();
+  if (forward ? !y : !(grad_y && grad_x)) refuse("x", "x and y, or grad_y and grad_x", "others");
+  if (planes < 0) refuse("planes", "at least 0", std::to_string(planes));
+  for_dtype(forward ? *x : *grad_y, [&](auto zero) {
+    using T = decltype(zero);
+    if (geometry.size() != 12) refuse("geometry", "12 numbers", std::to_string(geometry.size()));
+    PoolArgs<T> a{};
+    int* const fields[] = {&a.H, &a.W, &a.OH, &a.OW, &a.KH, &a.KW, &a.SH, &a.SW, &a.PH, &a.PW, &a.DH, &a.DW};
+    const int lower[] = {1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1};
+    for (int i = 0; i < 12; ++i) {
+      *fields[i] = geometry[size_t(i)];
+      if (geometry[size_t(i)] < lower[i])
+        refuse("geometry", "sizes, strides and dilations of at least 1", std::to_string(geometry[size_t(i)]));
+    }
+    // Every window must begin inside of the image (past the padding) and hold at least one tap of it.
+    auto fits = [](int size, int out, int k, int s, int p, int d) {
+      return 2 * p <= k && d <= size && int64_t(out - 1) * s - p < size && int64_t(k - 1) * d - p >= 0;
+    };
+    if (!fits(a.H, a.OH, a.KH, a.SH, a.PH, a.DH) || !fits(a.W, a.OW, a.KW, a.SW, a.PW, a.DW) ||
+        int64_t(a.KH) * a.KW > 256)
+      refuse("geometry", "windows of at most 256 taps that begin inside of the image", "others");
+    a.planes = planes;
+    const int64_t in_size = planes * a.H * a.W * LANES, out_size = planes * a.OH * a.OW * LANES;
+    a.x = maybe_in<T>("x", x, in_size);
+    a.y = maybe_out<T>("y", y, out_size);
+    a.codes = out<uint8_t>("codes", codes, out_size);
+    a.grad_y = maybe_in<T>("grad_y", grad_y, out_size);
+    a.grad_x = maybe_out<T>("grad_x", grad_x, in_size);
+    a.threads = team(threads, out_size);
+    py::gil_scoped_release nogil;
+    (forward ? kernels_of<T>().max_pool_forward : kernels_of<T>().max_pool_backward)(a);
+  });
+}
+
+template <class T>
+NormArgs<T> norm_args(int64_t N, int64_t C, int64_t P, int threads) {
+  if (N < 1 || C < 1 || P < 1) refuse("x", "at least one sample, channel and position", "none");
+  NormArgs<T> a{};
+  a.N = N, a.C = C, a.P = P;
+  a.threads = team(threads, N * C * P);
+  return a;
+}
+
+void norm_stats(int64_t N, int64_t C, int64_t P, const py::array& x, py::array mean, py::array var, int threads) {
+  for_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    NormArgs<T> a = norm_args<T>(N, C, P, threads);
+    a.x = in<T>("x", x, padded(N, Layout::lanes) * C * P);
+    a.mean = out<T>("mean", mean, C);
+    a.var = out<T>("var", var, C);
+    py::gil_scoped_release nogil;
+    kernels_of<T>().norm_stats(a);
+  });
+}
+
+void norm_apply(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& scale, const py::array& shift,
+                const Maybe& residual, bool relu, py::array y, int threads) {
+  for_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    NormArgs<T> a = norm_args<T>(N, C, P, threads);
+    const int64_t size = padded(N, Layout::lanes) * C * P;
+    a.x = in<T>("x", x, size);
+    a.y = out<T>("y", y, size);
+    a.scale = in<T>("scale", scale, C);
+    a.shift = in<T>("shift", shift, C);
+    a.residual = maybe_in<T>("residual", residual, size);
+    a.relu = relu;
+    py::gil_scoped_release nogil;
+    kernels_of<T>().norm_apply(a);
+  });
+}
+
+void norm_reduce(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y, const Maybe& result,
+                 py::array mean, py::array sum_g, py::array sum_gx, int threads) {
+  for_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    NormArgs<T> a = norm_args<T>(N, C, P, threads);
+    const int64_t size = padded(N, Layout::lanes) * C * P;
+    a.x = in<T>("x", x, size);
+    a.grad_y = in<T>("grad_y", grad_y, size);
+    a.result = maybe_in<T>("result", result, size);
+    a.mean = out<T>("mean", mean, C);
+    a.sum_g = out<T>("sum_g", sum_g, C);
+    a.sum_gx = out<T>("sum_gx", sum_gx, C);
+    py::gil_scoped_release nogil;
+    kernels_of<T>().norm_reduce(a);
+  });
+}
+
+void norm_grad(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y, const Maybe& result,
+               py::array mean, const py::array& scale, const py::array& slope, const py::array& shift, py::array grad_x,
+               Maybe grad_residual, int threads) {
+  for_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    NormArgs<T> a = norm_args<T>(N, C, P, threads);
+    const int64_t size = padded(N, Layout::lanes) * C * P;
+    a.x = in<T>("x", x, size);
+    a.grad_y = in<T>("grad_y", grad_y, size);
+    a.result = maybe_in<T>("result", result, size);
+    a.mean = out<T>("mean", mean, C);
+    a.scale = in<T>("scale", scale, C);
+    a.slope = in<T>("slope", slope, C);
+    a.shift = in<T>("shift", shift, C);
+    a.y = out<T>("grad_x", grad_x, size);
+    a.grad_residual = maybe_out<T>("grad_residual", grad_residual, size);
+    py::gil_scoped_release nogil;
+    kernels_of<T>().norm_grad(a);
+  });
+}
+
 template <class T>
 py::tuple csr(const T* dense, int64_t rows, int64_t cols, int threads) {
   py::array_t<int32_t> rowptr(rows + 1);
@@ -374,6 +487,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv2d_backward", &conv2d_backward);
   m.def("repack", &repack);
   m.def("linbreg_step", &linbreg_step);
+  m.def("max_pool", &max_pool);
+  m.def("norm_stats", &norm_stats);
+  m.def("norm_apply", &norm_apply);
+  m.def("norm_reduce", &norm_reduce);
+  m.def("norm_grad", &norm_grad);
   m.def("csr_from_dense", &csr_from_dense);
   m.def("transpose", &transpose);
   m.def("gather", &gather_values);

@@ -6,6 +6,7 @@ state (key ``frozen``) and comes back unchanged at the thaw.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from tabulate import tabulate
 from torch import nn
 
 from sparsebreg.errors import SwapError, check_choice, check_real, expected
-from sparsebreg.nn import SparseLayer, sparse_form, unsupported
+from sparsebreg.nn import SparseLayer, kind, sparse_form, to_plain, unsupported
 from sparsebreg.optim.base import REGULARISED, BregmanOptimizer
 from sparsebreg.pattern import SparsePattern
 
@@ -135,6 +136,7 @@ class Plan:
     patterns: dict[str, SparsePattern]
     masks: dict[str, torch.Tensor]
     report: SwapReport
+    able: list[str] = field(default_factory=list)  # layers that would be swapped if they were sparse enough
 
 
 def plan_freeze(
@@ -158,7 +160,7 @@ def plan_freeze(
             continue
         weight = module.weight
         if nn.parameter.is_lazy(weight):
-            plan.report.layers.append(LayerReport(name, type(module).__name__, (), 0, "dense", "not initialised yet"))
+            plan.report.layers.append(LayerReport(name, kind(module), (), 0, "dense", "not initialised yet"))
             continue
         reason = unsupported(module)
         pattern = SparsePattern.from_nonzeros(weight) if weight.device.type == "cpu" else None
@@ -173,6 +175,8 @@ def plan_freeze(
             reason = "shares its weight with another module"
         if not reason and bregman and group is not None and not group["reg"].sparse:
             reason = "not regularised"
+        if not reason:
+            plan.able.append(name)
         if not reason and config.decide == "auto" and sparsity < config.min_sparsity:
             reason = f"sparsity {sparsity:.2%} is below {config.min_sparsity:.2%}"
         if not reason:
@@ -186,7 +190,7 @@ def plan_freeze(
         reason = reason or (
             "decide='always'" if config.decide == "always" else f"sparsity of at least {config.min_sparsity:.2%}"
         )
-        plan.report.layers.append(LayerReport(name, type(module).__name__, tuple(weight.shape), nnz, action, reason))
+        plan.report.layers.append(LayerReport(name, kind(module), tuple(weight.shape), nnz, action, reason))
     if bregman:
         for name, p in model.named_parameters():
             group = groups.get(id(p))
@@ -204,6 +208,7 @@ def carry_out(
     for name, layer in layers.items():
         module = model.get_submodule(name)
         weight = module.weight
+        to_plain(module)
         places.replace(module, layer)
         if optimizer is not None:
             _carry_state(optimizer, weight, layer)
@@ -296,6 +301,15 @@ def thaw(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, keep_grad
     if optimizer is not None:
         for state in optimizer.state.values():
             state.pop("active", None)
+
+
+def dense_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model in which every layer is a plain dense one."""
+    copied = copy.deepcopy(model)
+    thaw(copied, None)
+    for module in copied.modules():
+        to_plain(module)
+    return copied
 
 
 def _replace_parameter(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter) -> dict[str, Any] | None:

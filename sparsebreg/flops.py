@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsebreg.convert import iter_weights, sparse_layers, thaw
+from sparsebreg.convert import dense_copy, iter_weights
 from sparsebreg.errors import expected
 
 
@@ -50,13 +49,9 @@ def per_layer(model: nn.Module, input_shape: Sequence[int]) -> dict[str, float]:
     Raises:
         ValueError: if the model cannot run on this shape.
     """
-    dense = model
-    if sparse_layers(model):
-        dense = copy.deepcopy(model)
-        thaw(dense, None)
+    dense = dense_copy(model)
     names = [n for n, _, _ in iter_weights(dense)]
     parameter = next(iter(dense.parameters()), torch.empty(0))
-    training = dense.training
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             dense.eval()(torch.zeros(tuple(input_shape), dtype=parameter.dtype))
@@ -64,8 +59,6 @@ def per_layer(model: nn.Module, input_shape: Sequence[int]) -> dict[str, float]:
         raise ValueError(
             expected("input_shape", "a shape that the model takes", f"{tuple(input_shape)} ({error})")
         ) from error
-    finally:
-        dense.train(training)
     root = type(dense).__name__
     counts = counter.get_flop_counts()
     return {n: float(sum(counts.get(f"{root}.{n}", {}).values())) for n in names}

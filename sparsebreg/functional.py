@@ -8,45 +8,72 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sparsebreg import backends
-from sparsebreg.backends import Geometry
+from sparsebreg.backends import Geometry, Layout
 from sparsebreg.errors import check_input, expected
+from sparsebreg.lanes import LANES, LaneTensor
 from sparsebreg.pattern import SparsePattern
 
 __all__ = ["Geometry", "sparse_conv2d", "sparse_linear"]
 
 
+def _readable(x: torch.Tensor | None, backend: backends.Backend) -> torch.Tensor | None:
+    """x, unpacked where the backend does not compute on the lane layout."""
+    return x.plain if isinstance(x, LaneTensor) and not backend.lanes else x
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    return x.plain if isinstance(x, LaneTensor) else x
+
+
+# ``weight``, where it is given, is the dense weight that ``values`` were gathered from: it gets a full gradient.
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, values, bias, pattern, backend):
+    def forward(ctx: Any, x, values, bias, weight, pattern, backend):
         ctx.pattern, ctx.backend = pattern, backend
-        ctx.save_for_backward(x if values.requires_grad else None, values)
+        x = _readable(x, backend)
+        wanted = any(w is not None and w.requires_grad for w in (values, weight))
+        ctx.save_for_backward(x if wanted else None, values)
         return backend.linear_forward(pattern, x, values, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y):
         x, values = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        grads = ctx.backend.linear_backward(ctx.pattern, grad_y.contiguous(), x, values, needs)
-        return *grads, None, None
+        *needs, needs_weight = ctx.needs_input_grad[:4]
+        grad_y = _readable(grad_y, ctx.backend).contiguous()
+        grads = ctx.backend.linear_backward(ctx.pattern, grad_y, x, values, needs)
+        grad_weight = _plain(grad_y).t() @ _plain(x) if needs_weight else None
+        return *grads, grad_weight, None, None
 
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, values, bias, pattern, geometry, channels_last, backend):
+    def forward(ctx: Any, x, values, bias, weight, pattern, geometry, layout, backend):
         ctx.pattern, ctx.geometry, ctx.backend, ctx.x_shape = pattern, geometry, backend, x.shape
-        ctx.save_for_backward(x if values.requires_grad else None, values)
-        return backend.conv2d_forward(pattern, x, values, bias, geometry, channels_last)
+        x = _readable(x, backend)
+        wanted = any(w is not None and w.requires_grad for w in (values, weight))
+        ctx.save_for_backward(x if wanted else None, values)
+        return backend.conv2d_forward(pattern, x, values, bias, geometry, layout)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y):
         x, values = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        grads = ctx.backend.conv2d_backward(
-            ctx.pattern, _dense_format(grad_y), x, values, ctx.geometry, ctx.x_shape, needs
-        )
-        return *grads, None, None, None, None
+        *needs, needs_weight = ctx.needs_input_grad[:4]
+        pattern, geometry = ctx.pattern, ctx.geometry
+        grad_y = _dense_format(_readable(grad_y, ctx.backend))
+        grads = ctx.backend.conv2d_backward(pattern, grad_y, x, values, geometry, ctx.x_shape, needs)
+        grad_weight = None
+        if needs_weight:
+            shape = values.new_empty(1).expand(pattern.shape)  # only its sizes count
+            stride, padding, dilation, groups = geometry
+            _, grad_weight, _ = torch.ops.aten.convolution_backward(
+                _plain(grad_y), _plain(x), shape, None, stride, padding, dilation, False, (0, 0), groups,
+                (False, True, False),
+            )  # fmt: skip
+        return *grads, grad_weight, None, None, None, None
 
 
 def _dense_format(x: torch.Tensor) -> torch.Tensor:
@@ -56,7 +83,9 @@ def _dense_format(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous()
 
 
-def _check_parameters(values: torch.Tensor, bias: torch.Tensor | None, pattern: SparsePattern) -> None:
+def _check_parameters(
+    values: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor | None, pattern: SparsePattern
+) -> None:
     if not isinstance(values, torch.Tensor) or values.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             expected("values", "a float32 or float64 tensor", getattr(values, "dtype", type(values).__name__))
@@ -68,10 +97,18 @@ def _check_parameters(values: torch.Tensor, bias: torch.Tensor | None, pattern: 
         check_input("bias", bias, values.dtype)
         if bias.shape != (pattern.rows,):
             raise ValueError(expected("bias", f"shape ({pattern.rows},)", tuple(bias.shape)))
+    if weight is not None:
+        check_input("weight", weight, values.dtype)
+        if tuple(weight.shape) != pattern.shape:
+            raise ValueError(expected("weight", f"shape {pattern.shape}", tuple(weight.shape)))
 
 
 def sparse_linear(
-    x: torch.Tensor, pattern: SparsePattern, values: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    pattern: SparsePattern,
+    values: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x Wᵀ + b`` for the matrix W that holds ``values`` at the places of ``pattern``.
 
@@ -82,6 +119,8 @@ def sparse_linear(
         pattern: of shape (out_features, in_features).
         values: (nnz,), dtype of x.
         bias: (out_features,), dtype of x.
+        weight: the dense weight that ``values`` were gathered from, where all of it needs a gradient: it gets a full
+            one, while output and grad_x are computed over the active weights.
 
     Returns:
         (..., out_features).
@@ -89,14 +128,14 @@ def sparse_linear(
     Raises:
         TypeError, ValueError: naming the argument, for a wrong dtype, device, layout or shape.
     """
-    _check_parameters(values, bias, pattern)
+    _check_parameters(values, bias, weight, pattern)
     check_input("x", x, values.dtype)
     if len(pattern.shape) != 2:
         raise ValueError(expected("pattern", "the shape of a linear weight (2 sizes)", pattern.shape))
     if x.dim() == 0 or x.shape[-1] != pattern.cols:
         raise ValueError(expected("x", f"shape (..., {pattern.cols})", tuple(x.shape)))
     flat = x.contiguous() if x.dim() == 2 else x.reshape(-1, pattern.cols).contiguous()
-    y = _Linear.apply(flat, values.contiguous(), bias, pattern, backends.current())
+    y = _Linear.apply(flat, values.contiguous(), bias, weight, pattern, backends.current())
     return y if x.dim() == 2 else y.view(*x.shape[:-1], pattern.rows)
 
 
@@ -107,6 +146,8 @@ def sparse_conv2d(
     bias: torch.Tensor | None = None,
     geometry: Geometry = Geometry(),
     channels_last: bool = False,
+    lanes: bool = False,
+    weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """2-D cross-correlation with the weight that holds ``values`` at the places of ``pattern``; zero padding.
 
@@ -119,14 +160,16 @@ def sparse_conv2d(
         bias: (OC,), dtype of x.
         geometry: stride, padding, dilation, groups.
         channels_last: return the channels_last memory format even if x is not in it.
+        lanes: return a ``LaneTensor`` where that pays: the backend computes in the lane layout, and the batch fills it.
+        weight: as for :func:`sparse_linear`.
 
     Returns:
-        (N, OC, OH, OW) or (OC, OH, OW), in the memory format of x unless ``channels_last``.
+        (N, OC, OH, OW) or (OC, OH, OW), in the layout of x unless ``channels_last`` or ``lanes``.
 
     Raises:
         TypeError, ValueError: naming the argument, for a wrong dtype, device, layout or shape.
     """
-    _check_parameters(values, bias, pattern)
+    _check_parameters(values, bias, weight, pattern)
     check_input("x", x, values.dtype)
     if len(pattern.shape) != 4:
         raise ValueError(expected("pattern", "the shape of a 2-D convolution's weight (4 sizes)", pattern.shape))
@@ -137,6 +180,12 @@ def sparse_conv2d(
         raise ValueError(expected("x", f"an image that the kernel {pattern.shape[2:]} fits into", tuple(x.shape)))
     batch = x if x.dim() == 4 else x.unsqueeze(0)
     batch = _dense_format(batch)
-    channels_last = channels_last or not batch.is_contiguous()
-    y = _Conv2d.apply(batch, values.contiguous(), bias, pattern, geometry, channels_last, backends.current())
+    backend = backends.current()
+    if backend.lanes and (isinstance(batch, LaneTensor) or (lanes and len(batch) >= LANES)):
+        layout = Layout.LANES
+    elif channels_last or not batch.is_contiguous():
+        layout = Layout.CHANNELS_LAST
+    else:
+        layout = Layout.PLAIN
+    y = _Conv2d.apply(batch, values.contiguous(), bias, weight, pattern, geometry, layout, backend)
     return y if x.dim() == 4 else y.squeeze(0)

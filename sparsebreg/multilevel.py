@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsebreg.convert import Filter, Plan, SparsifyConfig, SwapReport, carry_out, plan_freeze, sparse_layers, thaw
 from sparsebreg.errors import SwapError, check_choice, check_int, expected
+from sparsebreg.nn import to_fine, to_plain
 from sparsebreg.optim.base import BregmanOptimizer
 from sparsebreg.pattern import SparsePattern
 
@@ -22,7 +23,8 @@ class Multilevel:
     """Owns the cycle: steps the optimizer, freezes the pattern after a fine step, thaws it after the coarse ones.
 
     Call :meth:`step` where ``optimizer.step()`` stood. While the pattern is frozen the model's layers are sparse ones,
-    and weights, dual variables and momentum outside of the pattern stand still.
+    and weights, dual variables and momentum outside of the pattern stand still. In the fine phase they are the dense
+    ones, which compute output and input gradient over the nonzero weights and only the weight's gradient in full.
 
     Args:
         model: the model, dense.
@@ -55,7 +57,7 @@ class Multilevel:
         self.model, self.optimizer = model, optimizer
         self.config = config or SparsifyConfig()
         self.filter_fn = filter_fn
-        plan_freeze(model, self.config, filter_fn, None)  # raises for a model that cannot be swapped
+        able = plan_freeze(model, self.config, filter_fn, None).able  # raises for a model that cannot be swapped
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
         if missing := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
             raise SwapError(
@@ -63,11 +65,13 @@ class Multilevel:
                     "optimizer", "one that holds all trainable parameters of the model", f"one without '{missing[0]}'"
                 )
             )
+        self._able = [n for n in able if model.get_submodule(n).weight.requires_grad]
         self.phase = "fine"
         self.coarse_done = 0
         self.report: SwapReport | None = None
         self._patterns: dict[str, SparsePattern] = {}
         self._masks: dict[str, Any] = {}
+        self._enter_fine()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the optimizer, and the phase change where one is due. Returns what ``closure`` returned.
@@ -81,7 +85,7 @@ class Multilevel:
         else:
             self.coarse_done += 1
             if self.coarse_done >= self.coarse_steps:
-                self.thaw()
+                self._enter_fine()
         return loss
 
     def freeze(self) -> SwapReport:
@@ -93,10 +97,19 @@ class Multilevel:
 
     def thaw(self) -> None:
         """Thaws; the next step is a fine one. Call it at the end of training to have the dense model back."""
-        thaw(self.model, self.optimizer, keep_grads=False)
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = None
+        self._enter_fine()
+        for name in self._able:
+            to_plain(self.model.get_submodule(name))
+
+    def _enter_fine(self) -> None:
+        if self.phase == "coarse":
+            thaw(self.model, self.optimizer, keep_grads=False)
+            for group in self.optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+        max_density = 1.0 if self.config.decide == "always" else 1 - self.config.min_sparsity
+        for name in self._able:
+            to_fine(self.model.get_submodule(name), self._patterns.get(name), max_density)
         self.phase, self.coarse_done = "fine", 0
         self._patterns, self._masks = {}, {}
 
@@ -151,7 +164,8 @@ class Multilevel:
             if name not in parameters:
                 raise ValueError(expected("masks", "names of the model's parameters", repr(name)))
         if current or self._masks:
-            self.thaw()
+            self.phase = "coarse"
+            self._enter_fine()
         if phase == "coarse":
             self._carry_out(Plan(patterns, {n: m.bool() for n, m in masks.items()}, SwapReport()))
         self.phase, self.coarse_done, self.coarse_steps = phase, coarse_done, coarse_steps

@@ -38,6 +38,7 @@ class SparseLayer(nn.Module):
         weight = module.weight
         self.pattern = pattern
         self.channels_last = _is_channels_last(weight)
+        self.lanes = False
         self.values = nn.Parameter(pattern.gather(weight), requires_grad=weight.requires_grad)
         self.register_parameter("bias", module.bias)
         self.train(module.training)
@@ -127,7 +128,7 @@ class SparseLayer(nn.Module):
 
 def unsupported(module: nn.Module) -> str:
     """Why this module has no sparse form; an empty string where it has one."""
-    if type(module) not in (nn.Linear, nn.Conv2d):
+    if type(module) not in (nn.Linear, nn.Conv2d, FineLinear, FineConv2d):
         return f"{type(module).__name__} has no sparse form"
     weight = module._parameters.get("weight")
     if weight is None:
@@ -144,6 +145,14 @@ def unsupported(module: nn.Module) -> str:
         ):
             return "padding 'same' that differs between the sides is not supported"
     return ""
+
+
+def geometry_of(module: nn.Conv2d) -> Geometry:
+    padding = module.padding
+    if isinstance(padding, str):
+        same = tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        padding = same if padding == "same" else (0, 0)
+    return Geometry(tuple(module.stride), tuple(padding), tuple(module.dilation), module.groups)
 
 
 def _pattern_of(module: nn.Module, kind: type[nn.Module], mask: torch.Tensor | None) -> SparsePattern:
@@ -203,11 +212,7 @@ class SparseConv2d(SparseLayer):
         super().__init__(module, pattern)
         self.in_channels, self.out_channels = module.in_channels, module.out_channels
         self.kernel_size = tuple(module.kernel_size)
-        padding = module.padding
-        if isinstance(padding, str):
-            same = tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, self.kernel_size, strict=True))
-            padding = same if padding == "same" else (0, 0)
-        self.geometry = Geometry(tuple(module.stride), tuple(padding), tuple(module.dilation), module.groups)
+        self.geometry = geometry_of(module)
 
     @classmethod
     def from_dense(cls, m: nn.Conv2d, mask: torch.Tensor | None = None) -> SparseConv2d:
@@ -229,7 +234,9 @@ class SparseConv2d(SparseLayer):
         return self._dense(nn.Conv2d, self.in_channels, self.out_channels, self.kernel_size, **self.geometry._asdict())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.sparse_conv2d(x, self.pattern, self.values, self.bias, self.geometry, self.channels_last)
+        return functional.sparse_conv2d(
+            x, self.pattern, self.values, self.bias, self.geometry, self.channels_last, self.lanes
+        )
 
     def _sizes(self) -> str:
         g = self.geometry
@@ -240,8 +247,71 @@ class SparseConv2d(SparseLayer):
         return text
 
 
+class _Fine:
+    """What a dense layer is in the fine phase: the same module and parameters, computed over the nonzero weights.
+
+    Output and grad_x need the active weights only; the gradient of the weight is full. The pattern is that of the last
+    static phase while the nonzeros stay inside of it, and made anew where they do not.
+    """
+
+    _pattern: SparsePattern | None
+    _max_density: float
+
+    def _active(self) -> torch.Tensor | None:
+        """Values on an up-to-date ``_pattern``; None where the layer is not sparse enough."""
+        weight = self.weight.detach()
+        if self._pattern is not None:
+            values = self._pattern.gather(weight)
+            if int(values.count_nonzero()) == int(weight.count_nonzero()):
+                return values
+        self._pattern = SparsePattern.from_nonzeros(weight)
+        if self._pattern.density > self._max_density:
+            self._pattern = None
+            return None
+        return self._pattern.gather(weight)
+
+
+class FineLinear(_Fine, nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() == 0 or (values := self._active()) is None:
+            return super().forward(x)
+        return functional.sparse_linear(x, self._pattern, values, self.bias, self.weight)
+
+
+class FineConv2d(_Fine, nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (values := self._active()) is None:
+            return super().forward(x)
+        return functional.sparse_conv2d(
+            x, self._pattern, values, self.bias, geometry_of(self), _is_channels_last(self.weight), True, self.weight
+        )
+
+
+_FINE: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FineLinear, nn.Conv2d: FineConv2d}
+_PLAIN = {v: k for k, v in _FINE.items()}
+
+
+def to_fine(module: nn.Module, pattern: SparsePattern | None, max_density: float) -> None:
+    """Makes a dense layer compute over its nonzero weights while it keeps its full gradient; in place."""
+    module.__class__ = _FINE.get(type(module), type(module))
+    module._pattern, module._max_density = pattern, max_density
+
+
+def kind(module: nn.Module) -> str:
+    """The name of the module's class, as the user knows it."""
+    return _PLAIN.get(type(module), type(module)).__name__
+
+
+def to_plain(module: nn.Module) -> None:
+    """Undoes :func:`to_fine`."""
+    if type(module) in _PLAIN:
+        module.__class__ = _PLAIN[type(module)]
+        del module._pattern, module._max_density
+
+
 def sparse_form(module: nn.Module, pattern: SparsePattern) -> SparseLayer:
     """The sparse layer that takes the place of ``module``."""
     layer = (SparseLinear if isinstance(module, nn.Linear) else SparseConv2d)(module, pattern)
     layer.swap_for(module)
+    layer.lanes = True  # its neighbours in the model compute on what it returns
     return layer

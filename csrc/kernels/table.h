@@ -79,6 +79,40 @@ struct StepArgs {
   int threads;
 };
 
+// Max pooling of `planes` images in the lane layout: x [planes][H][W][16], y, codes [planes][OH][OW][16].
+template <class T>
+struct PoolArgs {
+  int64_t planes;
+  int H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW;
+  const T* x;
+  T* y;
+  uint8_t* codes;
+  const T* grad_y;
+  T* grad_x;
+  int threads;
+};
+
+// Batch norm in the lane layout: x, y, residual, result, grad_y, grad_residual [ceil(N/16)][C][P][16], the rest [C].
+template <class T>
+struct NormArgs {
+  int64_t N, C, P;
+  const T* x;
+  T* y;
+  const T* residual;  // null: none
+  bool relu;
+  const T* grad_y;
+  const T* result;   // null: no ReLU behind
+  T* grad_residual;  // null: not wanted
+  T* mean;
+  T* var;
+  const T* scale;
+  const T* shift;
+  const T* slope;
+  T* sum_g;
+  T* sum_gx;
+  int threads;
+};
+
 template <class T>
 struct Kernels {
   void (*linear_forward)(const LinearArgs<T>&);
@@ -88,6 +122,12 @@ struct Kernels {
   void (*pack)(const PackArgs<T>&);
   void (*unpack)(const PackArgs<T>&);
   void (*linbreg_step)(const StepArgs<T>&);
+  void (*max_pool_forward)(const PoolArgs<T>&);
+  void (*max_pool_backward)(const PoolArgs<T>&);
+  void (*norm_stats)(const NormArgs<T>&);
+  void (*norm_apply)(const NormArgs<T>&);
+  void (*norm_reduce)(const NormArgs<T>&);
+  void (*norm_grad)(const NormArgs<T>&);
 };
 
 struct Table {

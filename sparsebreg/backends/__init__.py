@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from sparsebreg.backends._protocol import Backend, Geometry
+from sparsebreg.backends._protocol import Backend, Geometry, Layout
 from sparsebreg.errors import BackendError, check_choice
 
-__all__ = ["NAMES", "Backend", "Geometry", "available", "current", "set_backend", "use_backend", "why"]
+__all__ = ["NAMES", "Backend", "Geometry", "Layout", "available", "current", "set_backend", "use_backend", "why"]
 
 #: Every backend, in the order of the automatic choice.
 NAMES = ("native", "numba", "reference")

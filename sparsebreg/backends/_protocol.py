@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,15 +29,29 @@ class Geometry(NamedTuple):
         return high, wide
 
 
+class Layout(IntEnum):
+    """How a tensor lies in memory: row-major, in the lane layout (a ``LaneTensor``), channels_last."""
+
+    PLAIN = 0
+    LANES = 1
+    CHANNELS_LAST = 2
+
+
+#: The memory format of what is not in the lane layout.
+FORMATS = {Layout.PLAIN: torch.contiguous_format, Layout.CHANNELS_LAST: torch.channels_last}
+
+
 class Backend(Protocol):
     """Linear: x (N, in), grad_y (N, out). Conv2d: x (N, IC, H, W), grad_y (N, OC, OH, OW). values (nnz,), bias (rows,).
 
     All tensors are contiguous (images in the plain or the channels_last format), on the CPU, float32 or float64, of one
-    dtype. ``*_backward`` returns (grad_x, grad_values, grad_bias), each None where ``needs`` says it is not wanted; x
-    is None if grad_values is not. ``channels_last`` asks for that memory format of y.
+    dtype; x and grad_y may be lane tensors where ``lanes`` says that the backend reads them. ``*_backward`` returns
+    (grad_x, grad_values, grad_bias), each None where ``needs`` says it is not wanted; x is None if grad_values is not.
+    ``layout`` is that of y.
     """
 
     name: str
+    lanes: bool
 
     def linear_forward(
         self, pattern: SparsePattern, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
@@ -58,7 +73,7 @@ class Backend(Protocol):
         values: torch.Tensor,
         bias: torch.Tensor | None,
         geometry: Geometry,
-        channels_last: bool,
+        layout: Layout,
     ) -> torch.Tensor: ...
 
     def conv2d_backward(

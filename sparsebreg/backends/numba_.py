@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from sparsebreg.backends._protocol import Geometry
+from sparsebreg.backends._protocol import FORMATS, Geometry
 from sparsebreg.errors import BackendError
 
 LANES = 16
@@ -90,6 +90,7 @@ def _to_lanes(x: torch.Tensor, pad: tuple[int, int, int, int], phases: tuple[int
 
 class NumbaBackend:
     name = "numba"
+    lanes = False
 
     def __init__(self) -> None:
         self.numba, self._gather, self._correlate = _compile()
@@ -175,7 +176,7 @@ class NumbaBackend:
         key = ("numba", geometry, tuple(x_shape[2:]))
         return pattern.cached(key, lambda: self._forward_plan(pattern, geometry, x_shape))
 
-    def conv2d_forward(self, pattern, x, values, bias, geometry, channels_last):
+    def conv2d_forward(self, pattern, x, values, bias, geometry, layout):
         offset, pad, src_row, (oh, ow) = self._plan(pattern, geometry, x.shape)
         src = _to_lanes(x, pad, geometry.stride)
         y = self._run_gather(
@@ -183,7 +184,7 @@ class NumbaBackend:
         )
         y = y.view(-1, pattern.rows, oh, ow, LANES).permute(0, 4, 1, 2, 3)
         y = y.reshape(-1, pattern.rows, oh, ow)[: x.shape[0]]
-        return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        return y.contiguous(memory_format=FORMATS[layout])
 
     def _backward_plan(self, pattern, geometry: Geometry, x_shape):
         """The nonzeros sorted by (input channel, phase of the destination), and their offsets in grad_y."""

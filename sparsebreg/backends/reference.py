@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from sparsebreg.backends._protocol import Geometry, Grads
+from sparsebreg.backends._protocol import FORMATS, Geometry, Grads
 from sparsebreg.pattern import SparsePattern
 
 
 class ReferenceBackend:
     name = "reference"
+    lanes = False
 
     def linear_forward(self, pattern, x, values, bias):
         return F.linear(x, pattern.scatter(values), bias)
@@ -22,9 +23,9 @@ class ReferenceBackend:
             grad_y.sum(0) if needs[2] else None,
         )
 
-    def conv2d_forward(self, pattern, x, values, bias, geometry, channels_last):
+    def conv2d_forward(self, pattern, x, values, bias, geometry, layout):
         y = F.conv2d(x, pattern.scatter(values), bias, *geometry)
-        return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        return y.contiguous(memory_format=FORMATS[layout])
 
     def conv2d_backward(
         self,

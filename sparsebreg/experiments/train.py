@@ -169,8 +169,9 @@ class Run:
         return loss.detach()
 
     def count_flops(self, phase: str, samples: int, density: flops.StepFlops) -> None:
-        """Adds what the step executed: fine steps run on dense layers here."""
-        self.flops_done += samples * (density.coarse if phase == "coarse" else density.sgd)
+        """Adds what the step cost."""
+        fine = density.fine if self.cycle else density.sgd
+        self.flops_done += samples * (density.coarse if phase == "coarse" else fine)
         self.flops_sgd += samples * density.sgd
 
     @torch.no_grad()

@@ -71,7 +71,11 @@ class LinBreg(BregmanOptimizer):
             return False
         if beta and "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        tensors = (p.detach(), p.grad.detach(), state["dual"], state["momentum_buffer"] if beta else None)
+        tensors = [p.detach(), p.grad.detach(), state["dual"], state["momentum_buffer"] if beta else None]
+        if not p.is_contiguous() and _is_dense(p):  # channels_last, for one: the same order in memory for all is enough
+            tensors = [
+                t.as_strided((t.numel(),), (1,)) if t is not None and t.stride() == p.stride() else t for t in tensors
+            ]
         if any(
             t is not None and not (t.is_contiguous() and t.device.type == "cpu" and t.dtype is p.dtype) for t in tensors
         ):
@@ -92,3 +96,7 @@ class LinBreg(BregmanOptimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         m = state["momentum_buffer"].mul_(beta).add_(grad, alpha=(1 - beta) * lr)
         state["dual"].sub_(m)
+
+
+def _is_dense(t: torch.Tensor) -> bool:
+    return torch.ops.aten.is_non_overlapping_and_dense(t)

@@ -1,0 +1,607 @@
+"""The lane layout, and the tensor that carries it through a model.
+
+A batch of N samples lies in blocks of 16, lanes innermost: ``[ceil(N / 16)][...][16]``. The sparse convolutions compute
+in it. A :class:`LaneTensor` looks like the (N, C, H, W) tensor that it stands for; what PyTorch does with it runs on
+the packed storage where an operation is known here, and on an unpacked copy where it is not: always the same result.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sparsebreg import memory
+from sparsebreg._extension import native
+
+__all__ = ["LANES", "LaneTensor", "unpacked"]
+
+LANES = 16
+
+aten = torch.ops.aten
+
+_unpacked: Counter[str] = Counter()
+
+
+def unpacked() -> dict[str, int]:
+    """How often operations that are not known on the lane layout unpacked a tensor in this process, by name."""
+    return dict(_unpacked)
+
+
+def blocks(n: int) -> int:
+    return -(-n // LANES)
+
+
+def pack(plain: torch.Tensor) -> torch.Tensor:
+    """(N, ...) contiguous to (ceil(N / 16), ..., 16); the padding lanes are zero."""
+    n, rest = plain.shape[0], tuple(plain.shape[1:])
+    packed = memory.empty((blocks(n), *rest, LANES), plain.dtype)
+    if plain.numel():
+        native().repack(True, n, 1, plain[0].numel(), plain.detach().numpy(), packed.numpy(), torch.get_num_threads())
+    return packed
+
+
+def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
+    """The other way: (ceil(n / 16), ..., 16) to (n, ...)."""
+    rest = tuple(packed.shape[1:-1])
+    plain = memory.empty((n, *rest), packed.dtype)
+    if plain.numel():
+        native().repack(False, n, 1, plain[0].numel(), packed.numpy(), plain.numpy(), torch.get_num_threads())
+    return plain
+
+
+class _Cell:
+    """The storage that a lane tensor shares with its aliases.
+
+    ``packed`` holds the data and ``plain`` at most a copy, until something takes a view with plain strides or writes in
+    place through an unknown operation: from then on ``plain`` is the data (``exposed``).
+    """
+
+    __slots__ = ("exposed", "n", "packed", "plain")
+
+    def __init__(self, packed: torch.Tensor, n: int) -> None:
+        self.packed: torch.Tensor | None = packed
+        self.plain: torch.Tensor | None = None
+        self.exposed = False
+        self.n = n
+
+    def get_packed(self) -> torch.Tensor:
+        if self.packed is None:  # exposed: others may write to plain at any time, so nothing is kept
+            return pack(self.plain)
+        return self.packed
+
+    def get_plain(self) -> torch.Tensor:
+        if self.plain is None:
+            self.plain = unpack(self.packed, self.n)
+        return self.plain
+
+    def expose(self) -> torch.Tensor:
+        plain = self.get_plain()
+        self.packed, self.exposed = None, True
+        return plain
+
+
+class LaneTensor(torch.Tensor):
+    """A tensor of shape (N, ...) whose storage is the lane layout. Made by the layers, not by hand.
+
+    Views other than those that keep N in front unpack it for good; saving and ``numpy()`` give the plain tensor.
+    """
+
+    _cell: _Cell
+
+    # Everything is done below autograd, so that gradients, hooks and checkpointing are torch's own.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def packed(self) -> torch.Tensor:
+        """(ceil(N / 16), ..., 16); not to be written to."""
+        return self._cell.get_packed().view(blocks(self._cell.n), *self.shape[1:], LANES)
+
+    @property
+    def plain(self) -> torch.Tensor:
+        """The same numbers as an ordinary tensor, outside of autograd; not to be written to."""
+        return self._cell.get_plain().view(self.shape)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            result = handler(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        return _on_plain(func, args, kwargs)
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return f"LaneTensor({self.plain!r})"
+
+    def numpy(self, *, force: bool = False):
+        return (self.detach() if force else self)._as_plain().numpy()
+
+    def tolist(self):
+        return self.plain.tolist()
+
+    def _as_plain(self) -> torch.Tensor:
+        if self.requires_grad:
+            raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
+        return self._cell.expose().view(self.shape)
+
+    def __reduce_ex__(self, proto):
+        if self.requires_grad and not self.is_leaf:
+            return self.plain.requires_grad_().__reduce_ex__(proto)
+        return self.plain.requires_grad_(self.requires_grad).__reduce_ex__(proto)
+
+    def __deepcopy__(self, memo):
+        if not self.is_leaf:
+            raise RuntimeError("only tensors created explicitly by the user support deepcopy; detach() it first")
+        copy = wrap(self.packed.clone(), self._cell.n).requires_grad_(self.requires_grad)
+        memo[id(self)] = copy
+        return copy
+
+
+def wrap(packed: torch.Tensor, n: int) -> LaneTensor:
+    """The lane tensor of n samples over (ceil(n / 16), ..., 16)."""
+    return _alias(_Cell(packed, n), (n, *packed.shape[1:-1]), packed.dtype)
+
+
+def _alias(cell: _Cell, shape: tuple[int, ...], dtype: torch.dtype) -> LaneTensor:
+    t = torch.Tensor._make_wrapper_subclass(LaneTensor, shape, dtype=dtype)
+    t._cell = cell
+    return t
+
+
+# Operations that are not known: on plain tensors. What the operation aliases or writes to is exposed, so that views of
+# a lane tensor and writes through them stay what they are in torch.
+
+_LIKE = {
+    aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
+    aten.rand_like.default, aten.randn_like.default, aten.new_empty.default, aten.new_zeros.default,
+    aten.new_ones.default, aten.new_full.default, aten.new_empty_strided.default,
+}  # fmt: skip
+
+#: Unpacking here is what was to be expected: layers that stay dense, and what leaves the network.
+_EXPECTED = {
+    aten.convolution.default, aten.convolution_backward.default, aten.addmm.default, aten.mm.default, aten.t.default,
+    aten.view.default, aten._unsafe_view.default, aten.copy_.default, aten.clone.default, aten._to_copy.default,
+    aten._local_scalar_dense.default, aten.equal.default,
+}  # fmt: skip
+
+_ROLES: dict[Any, tuple[set[str | int], set[str | int]]] = {}
+
+
+def _roles(func) -> tuple[set[str | int], set[str | int]]:
+    """Positions and names of arguments that are (aliased or written, written)."""
+    if func not in _ROLES:
+        shared: set[str | int] = set()
+        written: set[str | int] = set()
+        for i, a in enumerate(func._schema.arguments):
+            if a.alias_info is not None:
+                shared |= {i, a.name}
+                if a.alias_info.is_write:
+                    written |= {i, a.name}
+        _ROLES[func] = shared, written
+    return _ROLES[func]
+
+
+def _on_plain(func, args, kwargs):
+    if func in _LIKE:
+        x = args[0]
+        return func(torch.empty((), dtype=x.dtype).expand(x.shape), *args[1:], **kwargs)
+    if func not in _EXPECTED:
+        _unpacked[func._schema.name.removeprefix("aten::")] += 1
+    shared, written = _roles(func)
+    originals: dict[int, LaneTensor] = {}
+
+    def plain(key, x):
+        if isinstance(x, LaneTensor):
+            if key in shared:
+                p = x._cell.expose().view(x.shape)
+                if key in written:
+                    originals[id(p)] = x
+                return p
+            return x.plain
+        if isinstance(x, (list, tuple)):
+            return type(x)(plain(key, e) for e in x) if not hasattr(x, "_fields") else x
+        return x
+
+    args = [plain(i, a) for i, a in enumerate(args)]
+    kwargs = {k: plain(k, a) for k, a in kwargs.items()}
+    result = func(*args, **kwargs)
+    if not originals:
+        return result
+    # In-place and out= forms return what they were given.
+    if isinstance(result, torch.Tensor):
+        return originals.get(id(result), result)
+    if isinstance(result, (list, tuple)):
+        return type(result)(originals.get(id(r), r) for r in result)
+    return result
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {}
+
+
+def _handles(*funcs):
+    def register(handler):
+        for f in funcs:
+            _HANDLERS[f] = handler
+        return handler
+
+    return register
+
+
+# Element-wise operations.
+
+_POINTWISE = [
+    "abs", "add", "clamp", "clamp_max", "clamp_min", "div", "elu", "elu_backward", "exp", "gelu", "gelu_backward",
+    "hardsigmoid", "hardsigmoid_backward", "hardswish", "hardswish_backward", "hardtanh", "hardtanh_backward",
+    "leaky_relu", "leaky_relu_backward", "log_sigmoid_backward", "maximum", "minimum", "mish", "mish_backward", "mul",
+    "neg", "pow", "reciprocal", "relu", "rsqrt", "rsub", "sigmoid", "sigmoid_backward", "silu", "silu_backward",
+    "softplus", "softplus_backward", "sqrt", "sub", "tanh", "tanh_backward", "threshold", "threshold_backward", "where",
+]  # fmt: skip
+_COMPARISONS = ["eq", "ge", "gt", "isnan", "isfinite", "le", "lt", "ne"]
+
+_OUT: dict[Any, tuple[Any, str]] = {}
+
+
+def _lane(args) -> LaneTensor:
+    return next(a for a in args if isinstance(a, LaneTensor))
+
+
+def _operand(x: Any, like: LaneTensor) -> Any:
+    """x as an operand beside the packed ``like``; NotImplemented where it does not broadcast into its shape."""
+    if isinstance(x, LaneTensor):
+        return x.packed if x.shape == like.shape else NotImplemented
+    if not isinstance(x, torch.Tensor) or x.dim() == 0:
+        return x
+    if x.device.type != "cpu" or x.dim() > like.dim():
+        return NotImplemented
+    if x.shape == like.shape:
+        return pack(x.contiguous()) if x.dtype in (torch.float32, torch.float64) else NotImplemented
+    if x.dim() == like.dim():
+        if x.shape[0] != 1:
+            return NotImplemented
+        x = x[0]
+    sizes = like.shape[like.dim() - x.dim() :]
+    if x.dim() == like.dim() or any(a not in (1, b) for a, b in zip(x.shape, sizes, strict=True)):
+        return NotImplemented
+    return x.unsqueeze(-1)
+
+
+def _pointwise(func, args, kwargs):
+    like = _lane(args)
+    operands = [_operand(a, like) for a in args]
+    if any(o is NotImplemented for o in operands) or any(isinstance(v, torch.Tensor) for v in kwargs.values()):
+        return NotImplemented
+    out = _OUT.get(func)
+    if out is not None and all(o.dtype == like.dtype for o in operands if isinstance(o, torch.Tensor) and o.dim()):
+        out, name = out
+        packed = operands[next(i for i, a in enumerate(args) if a is like)]
+        result = memory.empty(tuple(packed.shape), like.dtype)
+        out(*operands, **kwargs, **{name: result})
+    else:
+        result = func(*operands, **kwargs)
+    return wrap(result, like.shape[0])
+
+
+def _in_place(func, args, kwargs):
+    x = args[0]
+    if not isinstance(x, LaneTensor) or x._cell.exposed or kwargs:
+        return NotImplemented
+    operands = [_operand(a, x) for a in args]
+    if any(o is NotImplemented for o in operands):
+        return NotImplemented
+    func(*operands)
+    x._cell.plain = None
+    return x
+
+
+def _register_pointwise() -> None:
+    for name in [*_POINTWISE, *_COMPARISONS]:
+        packet = getattr(aten, name)
+        for overload in packet.overloads():
+            func = getattr(packet, overload)
+            outs = [a for a in func._schema.arguments if a.is_out]
+            if not outs and not func._schema.is_mutable:
+                _HANDLERS[func] = _pointwise
+        for overload in packet.overloads():
+            out = getattr(packet, overload)
+            outs = [a for a in out._schema.arguments if a.is_out]
+            # A generated out= form computes a tensor of its own and copies it.
+            if len(outs) != 1 or name in _COMPARISONS or torch.Tag.generated in out.tags:
+                continue
+            inputs = [(a.name, str(a.type)) for a in out._schema.arguments if not a.is_out]
+            for f in packet.overloads():
+                func = getattr(packet, f)
+                if func in _HANDLERS and inputs == [(a.name, str(a.type)) for a in func._schema.arguments]:
+                    _OUT[func] = out, outs[0].name
+    for name in _POINTWISE:
+        if (packet := getattr(aten, name + "_", None)) is not None:
+            for overload in packet.overloads():
+                func = getattr(packet, overload)
+                if not any(a.is_out for a in func._schema.arguments):
+                    _HANDLERS[func] = _in_place
+
+
+_register_pointwise()
+
+
+@_handles(aten.relu.default)
+def _relu(func, args, kwargs):
+    x = args[0].packed
+    return wrap(torch.clamp_min(x, 0, out=memory.empty(tuple(x.shape), x.dtype)), args[0].shape[0])
+
+
+# Views, copies and reductions.
+
+
+@_handles(aten.detach.default, aten.alias.default)
+def _detach(func, args, kwargs):
+    x = args[0]
+    return _alias(x._cell, x.shape, x.dtype)
+
+
+@_handles(aten.view.default, aten._unsafe_view.default)
+def _view(func, args, kwargs):
+    x, sizes = args[0], list(args[1])
+    if -1 in sizes:
+        known = 1
+        for s in sizes:
+            known *= s if s != -1 else 1
+        sizes[sizes.index(-1)] = x.numel() // known if known else 0
+    if len(sizes) < 2 or sizes[0] != x.shape[0] or x.numel() == 0:
+        return NotImplemented
+    return _alias(x._cell, tuple(sizes), x.dtype)
+
+
+@_handles(aten.clone.default)
+def _clone(func, args, kwargs):
+    x = args[0]
+    if kwargs.get("memory_format") not in (None, torch.preserve_format, torch.contiguous_format):
+        return NotImplemented
+    packed = x.packed
+    return wrap(memory.empty(tuple(packed.shape), packed.dtype).copy_(packed), x.shape[0])
+
+
+@_handles(aten._to_copy.default)
+def _to_copy(func, args, kwargs):
+    x, dtype = args[0], kwargs.get("dtype")
+    rest = {k: v for k, v in kwargs.items() if k not in ("dtype", "non_blocking") and v is not None}
+    if dtype not in (torch.float32, torch.float64) or rest not in ({}, {"device": torch.device("cpu")}):
+        return NotImplemented
+    return wrap(x.packed.to(dtype, copy=True), x.shape[0])
+
+
+@_handles(aten.copy_.default)
+def _copy(func, args, kwargs):
+    x, src = args[:2]
+    if not isinstance(x, LaneTensor) or x._cell.exposed:
+        return NotImplemented
+    operand = _operand(src, x)
+    if operand is NotImplemented:
+        return NotImplemented
+    x.packed.copy_(operand)
+    x._cell.plain = None
+    return x
+
+
+def _over_positions(func, args, kwargs, spatial):
+    x = args[0]
+    dims = args[1] if len(args) > 1 else None
+    if x.dim() < 3 or not dims or kwargs.get("dtype") is not None:
+        return NotImplemented
+    dims = sorted(d % x.dim() for d in dims)
+    inner = list(range(2, x.dim()))
+    keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
+    if dims[-len(inner) :] != inner:
+        return NotImplemented
+    # (blocks, C, P, 16) to (N, C): what is left is small, and has no padding.
+    n, channels = x.shape[:2]
+    sums = spatial(x.packed.view(blocks(n), channels, -1, LANES), 2)
+    out = sums.permute(0, 2, 1).reshape(-1, channels)[:n].contiguous()
+    if rest := dims[: -len(inner)]:
+        out = (out.mean if spatial is torch.mean else out.sum)(rest, keepdim=keep)
+    return out.view(*out.shape, *(1 for _ in inner)) if keep else out
+
+
+@_handles(aten.mean.dim)
+def _mean(func, args, kwargs):
+    return _over_positions(func, args, kwargs, torch.mean)
+
+
+@_handles(aten.sum.dim_IntList)
+def _sum(func, args, kwargs):
+    return _over_positions(func, args, kwargs, torch.sum)
+
+
+@_handles(aten.cat.default)
+def _cat(func, args, kwargs):
+    tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    like = _lane(tensors)
+    dim %= like.dim()
+    if dim == 0:
+        return NotImplemented
+    parts = []
+    for t in tensors:
+        if t.dim() != like.dim() or t.shape[0] != like.shape[0] or t.dtype != like.dtype:
+            return NotImplemented
+        parts.append(t.packed if isinstance(t, LaneTensor) else pack(t.contiguous()))
+    sizes = list(parts[0].shape)
+    sizes[dim] = sum(p.shape[dim] for p in parts)
+    return wrap(torch.cat(parts, dim, out=memory.empty(tuple(sizes), like.dtype)), like.shape[0])
+
+
+# Operations on each image plane by itself: (blocks * C) images of 16 channels in the channels_last format are the same
+# bytes, and torch has fast code for those.
+
+_PLANEWISE = [
+    aten.avg_pool2d.default, aten.avg_pool2d_backward.default, aten._adaptive_avg_pool2d.default,
+    aten._adaptive_avg_pool2d_backward.default, aten.upsample_nearest2d.default, aten.upsample_bilinear2d.default,
+    aten.upsample_nearest2d_backward.default, aten.upsample_bilinear2d_backward.default,
+]  # fmt: skip
+
+
+@_handles(*_PLANEWISE)
+def _planewise(func, args, kwargs):
+    like = _lane(args)
+    n, channels = like.shape[:2]
+    planes = blocks(n) * channels
+
+    def convert(x):
+        if isinstance(x, torch.Tensor):
+            packed = x.packed if isinstance(x, LaneTensor) else pack(x.contiguous())
+            return packed.view(planes, *packed.shape[2:]).permute(0, 3, 1, 2)
+        if isinstance(x, (list, tuple)) and len(x) == 4:  # sizes of an input
+            return [planes, LANES, *x[2:]]
+        return x
+
+    if any(isinstance(a, torch.Tensor) and (a.dim() != 4 or a.shape[:2] != like.shape[:2]) for a in args):
+        return NotImplemented
+    y = func(*map(convert, args), **kwargs).contiguous(memory_format=torch.channels_last)
+    return wrap(y.permute(0, 2, 3, 1).view(blocks(n), channels, *y.shape[2:], LANES), n)
+
+
+def _pair(x, default=None) -> tuple[int, int]:
+    if not x:
+        return default
+    return (x[0], x[0]) if len(x) == 1 else (x[0], x[1])
+
+
+def _pooled(size: int, k: int, s: int, p: int, d: int, ceil: bool) -> int:
+    reach = size + 2 * p - d * (k - 1) - 1
+    out = (reach + (s - 1 if ceil else 0)) // s + 1
+    return out - 1 if ceil and (out - 1) * s >= size + p else out
+
+
+def _pool_geometry(x, kernel, stride=(), padding=(0,), dilation=(1,), ceil_mode=False):
+    kernel = _pair(kernel)
+    stride, padding, dilation = _pair(stride, kernel), _pair(padding), _pair(dilation)
+    size = x.shape[2:]
+    out = [_pooled(size[i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
+    fits = min(out) >= 1 and kernel[0] * kernel[1] <= 256
+    fits = fits and all(2 * padding[i] <= kernel[i] and dilation[i] <= size[i] for i in (0, 1))
+    return out, [*size, *out, *kernel, *stride, *padding, *dilation] if fits else None
+
+
+@_handles(aten.max_pool2d_with_indices.default)
+def _max_pool(func, args, kwargs):
+    x = args[0]
+    if x.dim() != 4 or x.numel() == 0:
+        return NotImplemented
+    out, geometry = _pool_geometry(*args, **kwargs)
+    if geometry is None:
+        return NotImplemented
+    n, channels = x.shape[:2]
+    planes = blocks(n) * channels
+    y = memory.empty((blocks(n), channels, *out, LANES), x.dtype)
+    codes = memory.empty(tuple(y.shape), torch.uint8)
+    native().max_pool(planes, geometry, x.packed.numpy(), y.numpy(), codes.numpy(), None, None, torch.get_num_threads())
+    indices = _alias(_Indices(codes, n, geometry), (n, channels, *out), torch.int64)
+    return wrap(y, n), indices
+
+
+class _Indices(_Cell):
+    """Positions in the image plane, as torch gives them, made from the winners' codes when somebody looks."""
+
+    __slots__ = ("codes", "geometry")
+
+    def __init__(self, codes: torch.Tensor, n: int, geometry: list[int]) -> None:
+        super().__init__(codes, n)
+        self.codes, self.geometry = codes, geometry
+
+    def get_packed(self) -> torch.Tensor:
+        _, wide, oh, ow, _, kw, sh, sw, ph, pw, dh, dw = self.geometry
+        code = self.codes.to(torch.int64)
+        y = torch.arange(oh).view(oh, 1, 1) * sh - ph + code // kw * dh
+        x = torch.arange(ow).view(1, ow, 1) * sw - pw + code % kw * dw
+        return y * wide + x
+
+    def get_plain(self) -> torch.Tensor:
+        if self.plain is None:
+            packed = self.get_packed()
+            self.plain = packed.movedim(-1, 1).reshape(-1, *packed.shape[1:-1])[: self.n].contiguous()
+        return self.plain
+
+
+@_handles(aten.max_pool2d_with_indices_backward.default)
+def _max_pool_backward(func, args, kwargs):
+    grad, x, *_, indices = args
+    cell = getattr(indices, "_cell", None)
+    if not isinstance(cell, _Indices) or cell.exposed:
+        return NotImplemented
+    n, channels = x.shape[:2]
+    grad = grad.packed if isinstance(grad, LaneTensor) else pack(grad.contiguous())
+    grad_x = memory.empty((blocks(n), *x.shape[1:], LANES), grad.dtype)
+    native().max_pool(
+        blocks(n) * channels, cell.geometry, None, None, cell.codes.numpy(), grad.numpy(), grad_x.numpy(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return wrap(grad_x, n)
+
+
+# Batch norm.
+
+
+def _norm_sizes(x: torch.Tensor) -> tuple[int, int, int]:
+    positions = 1
+    for s in x.shape[2:]:
+        positions *= s
+    return x.shape[0], x.shape[1], positions
+
+
+@_handles(aten.native_batch_norm.default)
+def _batch_norm(func, args, kwargs):
+    x, weight, bias, running_mean, running_var, training, momentum, eps = args
+    others = [t for t in (weight, bias, running_mean, running_var) if t is not None]
+    if x.numel() == 0 or any(t.dtype != x.dtype or not t.is_contiguous() for t in others):
+        return NotImplemented
+    n, channels, positions = sizes = _norm_sizes(x)
+    packed, threads = x.packed, torch.get_num_threads()
+    if training:
+        mean, var = torch.empty((2, channels), dtype=x.dtype)
+        native().norm_stats(*sizes, packed.numpy(), mean.numpy(), var.numpy(), threads)
+        invstd = torch.rsqrt(var + eps)
+        if running_mean is not None:
+            running_mean.lerp_(mean, momentum)
+        if running_var is not None:
+            count = n * positions
+            running_var.lerp_(var * (count / max(1, count - 1)), momentum)
+        saved = mean, invstd
+    else:
+        mean, invstd = running_mean, torch.rsqrt(running_var + eps)
+        saved = torch.empty(0), torch.empty(0)
+    scale = invstd if weight is None else invstd * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    y = memory.empty(tuple(packed.shape), x.dtype)
+    native().norm_apply(*sizes, packed.numpy(), scale.numpy(), shift.numpy(), None, False, y.numpy(), threads)
+    return wrap(y, n), *saved
+
+
+@_handles(aten.native_batch_norm_backward.default)
+def _batch_norm_backward(func, args, kwargs):
+    grad_y, x, weight, running_mean, running_var, mean, invstd, training, eps, wanted = args
+    if not isinstance(x, LaneTensor):
+        return NotImplemented
+    n, channels, positions = sizes = _norm_sizes(x)
+    if not training:
+        mean, invstd = running_mean, torch.rsqrt(running_var + eps)
+    grad_y = grad_y.packed if isinstance(grad_y, LaneTensor) else pack(grad_y.contiguous())
+    packed, threads = x.packed, torch.get_num_threads()
+    sum_g, sum_gx = torch.empty((2, channels), dtype=x.dtype)
+    native().norm_reduce(
+        *sizes, packed.numpy(), grad_y.numpy(), None, mean.numpy(), sum_g.numpy(), sum_gx.numpy(), threads
+    )
+    grad_x = None
+    if wanted[0]:
+        scale = invstd if weight is None else invstd * weight
+        count = n * positions
+        slope = -scale * invstd * invstd * sum_gx / count if training else torch.zeros_like(scale)
+        shift = -scale * sum_g / count if training else torch.zeros_like(scale)
+        out = memory.empty(tuple(packed.shape), x.dtype)
+        native().norm_grad(
+            *sizes, packed.numpy(), grad_y.numpy(), None, mean.numpy(), scale.numpy(), slope.numpy(), shift.numpy(),
+            out.numpy(), None, threads,
+        )  # fmt: skip
+        grad_x = wrap(out, n)
+    return grad_x, sum_gx * invstd if wanted[1] else None, sum_g if wanted[2] else None

@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 
-from sparsebreg import memory
+from sparsebreg import _extension, memory
 from sparsebreg._extension import native
+from sparsebreg.errors import BackendError, check_input, expected
 
-__all__ = ["LANES", "LaneTensor", "unpacked"]
+__all__ = ["LANES", "LaneTensor", "from_plain", "unpacked"]
 
 LANES = 16
+
+_FLOATS = (torch.float32, torch.float64)
 
 aten = torch.ops.aten
 
@@ -37,6 +40,10 @@ def blocks(n: int) -> int:
 def pack(plain: torch.Tensor) -> torch.Tensor:
     """(N, ...) contiguous to (ceil(N / 16), ..., 16); the padding lanes are zero."""
     n, rest = plain.shape[0], tuple(plain.shape[1:])
+    if plain.dtype not in _FLOATS:  # masks and indices
+        filled = torch.zeros((blocks(n) * LANES, *rest), dtype=plain.dtype)
+        filled[:n] = plain
+        return filled.view(-1, LANES, *rest).movedim(1, -1).contiguous()
     packed = memory.empty((blocks(n), *rest, LANES), plain.dtype)
     if plain.numel():
         native().repack(True, n, 1, plain[0].numel(), plain.detach().numpy(), packed.numpy(), torch.get_num_threads())
@@ -46,6 +53,8 @@ def pack(plain: torch.Tensor) -> torch.Tensor:
 def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
     """The other way: (ceil(n / 16), ..., 16) to (n, ...)."""
     rest = tuple(packed.shape[1:-1])
+    if packed.dtype not in _FLOATS:
+        return packed.movedim(-1, 1).reshape(-1, *rest)[:n].contiguous()
     plain = memory.empty((n, *rest), packed.dtype)
     if plain.numel():
         native().repack(False, n, 1, plain[0].numel(), packed.numpy(), plain.numpy(), torch.get_num_threads())
@@ -144,6 +153,34 @@ class LaneTensor(torch.Tensor):
 def wrap(packed: torch.Tensor, n: int) -> LaneTensor:
     """The lane tensor of n samples over (ceil(n / 16), ..., 16)."""
     return _alias(_Cell(packed, n), (n, *packed.shape[1:-1]), packed.dtype)
+
+
+class _FromPlain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return wrap(pack(x.contiguous()), x.shape[0])
+
+    @staticmethod
+    def backward(ctx, grad):
+        # A real conversion: an ordinary tensor's gradient is one, too.
+        return grad._cell.expose().view(grad.shape) if isinstance(grad, LaneTensor) else grad
+
+
+def from_plain(x: torch.Tensor) -> LaneTensor:
+    """x (N, ...) in the lane layout; differentiable.
+
+    Raises:
+        TypeError, ValueError: if x is not a float32 or float64 tensor of two dimensions or more on the CPU.
+        BackendError: without the native extension.
+    """
+    if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS:
+        raise TypeError(expected("x", "a float32 or float64 tensor", getattr(x, "dtype", type(x).__name__)))
+    check_input("x", x, x.dtype)
+    if x.dim() < 2:
+        raise ValueError(expected("x", "two dimensions or more", x.dim()))
+    if native() is None:
+        raise BackendError(_extension.CAUSE)
+    return x if isinstance(x, LaneTensor) else _FromPlain.apply(x)
 
 
 def _alias(cell: _Cell, shape: tuple[int, ...], dtype: torch.dtype) -> LaneTensor:
@@ -258,7 +295,7 @@ def _operand(x: Any, like: LaneTensor) -> Any:
     if x.device.type != "cpu" or x.dim() > like.dim():
         return NotImplemented
     if x.shape == like.shape:
-        return pack(x.contiguous()) if x.dtype in (torch.float32, torch.float64) else NotImplemented
+        return pack(x.contiguous()) if x.dtype == like.dtype or x.dtype not in _FLOATS else NotImplemented
     if x.dim() == like.dim():
         if x.shape[0] != 1:
             return NotImplemented
@@ -368,7 +405,7 @@ def _clone(func, args, kwargs):
 def _to_copy(func, args, kwargs):
     x, dtype = args[0], kwargs.get("dtype")
     rest = {k: v for k, v in kwargs.items() if k not in ("dtype", "non_blocking") and v is not None}
-    if dtype not in (torch.float32, torch.float64) or rest not in ({}, {"device": torch.device("cpu")}):
+    if dtype not in _FLOATS or rest not in ({}, {"device": torch.device("cpu")}):
         return NotImplemented
     return wrap(x.packed.to(dtype, copy=True), x.shape[0])
 
@@ -519,8 +556,7 @@ class _Indices(_Cell):
 
     def get_plain(self) -> torch.Tensor:
         if self.plain is None:
-            packed = self.get_packed()
-            self.plain = packed.movedim(-1, 1).reshape(-1, *packed.shape[1:-1])[: self.n].contiguous()
+            self.plain = unpack(self.get_packed(), self.n)
         return self.plain
 
 

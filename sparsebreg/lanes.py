@@ -7,6 +7,7 @@ the packed storage where an operation is known here, and on an unpacked copy whe
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -68,13 +69,14 @@ class _Cell:
     place through an unknown operation: from then on ``plain`` is the data (``exposed``).
     """
 
-    __slots__ = ("exposed", "n", "packed", "plain")
+    __slots__ = ("__weakref__", "exposed", "n", "packed", "plain", "readers")
 
-    def __init__(self, packed: torch.Tensor, n: int) -> None:
+    def __init__(self, packed: torch.Tensor | None, n: int) -> None:
         self.packed: torch.Tensor | None = packed
         self.plain: torch.Tensor | None = None
         self.exposed = False
         self.n = n
+        self.readers: weakref.WeakSet[_Cell] | None = None
 
     def get_packed(self) -> torch.Tensor:
         if self.packed is None:  # exposed: others may write to plain at any time, so nothing is kept
@@ -88,8 +90,96 @@ class _Cell:
 
     def expose(self) -> torch.Tensor:
         plain = self.get_plain()
+        self._settle()
         self.packed, self.exposed = None, True
         return plain
+
+    def get_writable(self) -> torch.Tensor:
+        """The packed storage, to be written to."""
+        packed = self.get_packed()
+        self._settle()
+        self.plain = None
+        return packed
+
+    def _settle(self) -> None:
+        """Who meant to read the storage later reads it now."""
+        for reader in list(self.readers or ()):
+            reader.get_packed()
+        self.readers = None
+
+
+class _Deferred(_Cell):
+    """Storage that is computed when it is first wanted: what follows may take the work over and do more in one pass.
+
+    ``sources`` are the cells it is computed from; they have it computed before they are written to.
+    """
+
+    __slots__ = ("sources",)
+
+    def __init__(self, *sources: _Cell) -> None:
+        super().__init__(None, sources[0].n)
+        self.sources = sources
+        for cell in sources:
+            if cell.readers is None:
+                cell.readers = weakref.WeakSet()
+            cell.readers.add(self)
+
+    def waiting(self) -> bool:
+        return self.packed is None and not self.exposed
+
+    def compute(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def get_packed(self) -> torch.Tensor:
+        if self.waiting():
+            self.packed, self.sources = self.compute(), ()
+        return super().get_packed()
+
+    def get_plain(self) -> torch.Tensor:
+        if self.waiting():
+            self.get_packed()
+        return super().get_plain()
+
+
+class _Normed(_Deferred):
+    """ReLU(scale * x + shift + residual), the ReLU and the residual optional; scale and shift per channel.
+
+    ``sources`` are x and, where there is one, the residual.
+    """
+
+    __slots__ = ("relu", "scale", "shift", "sizes", "summed")
+
+    def __init__(self, sources, sizes: tuple[int, int, int], scale, shift, relu: bool = False) -> None:
+        super().__init__(*sources)
+        self.sizes, self.scale, self.shift, self.relu = sizes, scale, shift, relu
+        self.summed = len(sources) == 2
+
+    def plus(self, residual: _Cell) -> _Normed:
+        return _Normed((self.sources[0], residual), self.sizes, self.scale, self.shift)
+
+    def rectified(self) -> _Normed:
+        return _Normed(self.sources, self.sizes, self.scale, self.shift, True)
+
+    def compute(self) -> torch.Tensor:
+        x, *residual = [c.get_packed() for c in self.sources]
+        y = memory.empty(tuple(x.shape), x.dtype)
+        native().norm_apply(
+            *self.sizes, x.numpy(), self.scale.numpy(), self.shift.numpy(), residual[0].numpy() if residual else None,
+            self.relu, y.numpy(), torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+
+class _Masked(_Deferred):
+    """The gradient of a ReLU: ``sources`` are the gradient of its result, and the result."""
+
+    __slots__ = ()
+
+    def compute(self) -> torch.Tensor:
+        grad, result = (c.get_packed() for c in self.sources)
+        return torch.ops.aten.threshold_backward.grad_input(
+            grad, result.view(grad.shape), 0, grad_input=memory.empty(tuple(grad.shape), grad.dtype)
+        )
 
 
 class LaneTensor(torch.Tensor):
@@ -329,8 +419,8 @@ def _in_place(func, args, kwargs):
     operands = [_operand(a, x) for a in args]
     if any(o is NotImplemented for o in operands):
         return NotImplemented
+    x._cell.get_writable()
     func(*operands)
-    x._cell.plain = None
     return x
 
 
@@ -364,10 +454,48 @@ def _register_pointwise() -> None:
 _register_pointwise()
 
 
+def _normed(x: Any) -> _Normed | None:
+    """The batch norm that x waits for, as long as nothing but a sum and a ReLU can have followed."""
+    cell = getattr(x, "_cell", None)
+    return cell if isinstance(cell, _Normed) and cell.waiting() and not cell.relu else None
+
+
 @_handles(aten.relu.default)
 def _relu(func, args, kwargs):
-    x = args[0].packed
-    return wrap(torch.clamp_min(x, 0, out=memory.empty(tuple(x.shape), x.dtype)), args[0].shape[0])
+    x = args[0]
+    if (normed := _normed(x)) is not None:
+        return _alias(normed.rectified(), x.shape, x.dtype)
+    packed = x.packed
+    return wrap(torch.clamp_min(packed, 0, out=memory.empty(tuple(packed.shape), x.dtype)), x.shape[0])
+
+
+@_handles(aten.relu_.default)
+def _relu_in_place(func, args, kwargs):
+    x = args[0]
+    if (normed := _normed(x)) is None or normed.readers:
+        return _in_place(func, args, kwargs)
+    normed.relu = True
+    return x
+
+
+@_handles(aten.add.Tensor)
+def _add(func, args, kwargs):
+    x, y = args
+    if not kwargs and isinstance(x, LaneTensor) and isinstance(y, LaneTensor) and x.shape == y.shape:
+        for a, b in ((x, y), (y, x)):
+            if (normed := _normed(a)) is not None and not normed.summed and a.dtype == b.dtype and not b._cell.exposed:
+                return _alias(normed.plus(b._cell), a.shape, a.dtype)
+    return _pointwise(func, args, kwargs)
+
+
+@_handles(aten.threshold_backward.default)
+def _threshold_backward(func, args, kwargs):
+    grad, result, threshold = args
+    if threshold != 0 or type(grad) is not type(result) or grad.shape != result.shape:
+        return _pointwise(func, args, kwargs)
+    if not isinstance(result._cell, _Normed) or grad._cell.exposed or result._cell.exposed:
+        return _pointwise(func, args, kwargs)
+    return _alias(_Masked(grad._cell, result._cell), grad.shape, grad.dtype)
 
 
 # Views, copies and reductions.
@@ -418,8 +546,7 @@ def _copy(func, args, kwargs):
     operand = _operand(src, x)
     if operand is NotImplemented:
         return NotImplemented
-    x.packed.copy_(operand)
-    x._cell.plain = None
+    x._cell.get_writable().view(x.packed.shape).copy_(operand)
     return x
 
 
@@ -579,6 +706,10 @@ def _max_pool_backward(func, args, kwargs):
 # Batch norm.
 
 
+def _numpy(t: torch.Tensor | None):
+    return None if t is None else t.numpy()
+
+
 def _norm_sizes(x: torch.Tensor) -> tuple[int, int, int]:
     positions = 1
     for s in x.shape[2:]:
@@ -609,9 +740,7 @@ def _batch_norm(func, args, kwargs):
         saved = torch.empty(0), torch.empty(0)
     scale = invstd if weight is None else invstd * weight
     shift = -mean * scale if bias is None else bias - mean * scale
-    y = memory.empty(tuple(packed.shape), x.dtype)
-    native().norm_apply(*sizes, packed.numpy(), scale.numpy(), shift.numpy(), None, False, y.numpy(), threads)
-    return wrap(y, n), *saved
+    return _alias(_Normed((x._cell,), sizes, scale, shift), x.shape, x.dtype), *saved
 
 
 @_handles(aten.native_batch_norm_backward.default)
@@ -622,11 +751,19 @@ def _batch_norm_backward(func, args, kwargs):
     n, channels, positions = sizes = _norm_sizes(x)
     if not training:
         mean, invstd = running_mean, torch.rsqrt(running_var + eps)
-    grad_y = grad_y.packed if isinstance(grad_y, LaneTensor) else pack(grad_y.contiguous())
+    mask = by_product = None
+    if isinstance(grad_y, LaneTensor) and isinstance(cell := grad_y._cell, _Masked) and cell.waiting():
+        grad, result = cell.sources
+        grad_y, mask = grad.get_packed(), result.get_packed()
+        if result.summed:  # the other summand asks for the masked gradient, too
+            by_product = memory.empty(tuple(x.packed.shape), x.dtype)
+    else:
+        cell = None
+        grad_y = grad_y.packed if isinstance(grad_y, LaneTensor) else pack(grad_y.contiguous())
     packed, threads = x.packed, torch.get_num_threads()
     sum_g, sum_gx = torch.empty((2, channels), dtype=x.dtype)
     native().norm_reduce(
-        *sizes, packed.numpy(), grad_y.numpy(), None, mean.numpy(), sum_g.numpy(), sum_gx.numpy(), threads
+        *sizes, packed.numpy(), grad_y.numpy(), _numpy(mask), mean.numpy(), sum_g.numpy(), sum_gx.numpy(), threads
     )
     grad_x = None
     if wanted[0]:
@@ -636,8 +773,10 @@ def _batch_norm_backward(func, args, kwargs):
         shift = -scale * sum_g / count if training else torch.zeros_like(scale)
         out = memory.empty(tuple(packed.shape), x.dtype)
         native().norm_grad(
-            *sizes, packed.numpy(), grad_y.numpy(), None, mean.numpy(), scale.numpy(), slope.numpy(), shift.numpy(),
-            out.numpy(), None, threads,
+            *sizes, packed.numpy(), grad_y.numpy(), _numpy(mask), mean.numpy(), scale.numpy(), slope.numpy(),
+            shift.numpy(), out.numpy(), _numpy(by_product), threads,
         )  # fmt: skip
+        if by_product is not None:
+            cell.packed, cell.sources = by_product, ()
         grad_x = wrap(out, n)
     return grad_x, sum_gx * invstd if wanted[1] else None, sum_g if wanted[2] else None

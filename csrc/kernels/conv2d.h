@@ -119,6 +119,9 @@ struct ConvShape {
   Stencil stencil;
 };
 
+// Elements of the sums that a tile of all channels keeps between chunks.
+SB_INLINE int64_t tile_sums(int64_t channels, int chunks) { return chunks > 1 ? channels * MAX_TILE * LANES : 0; }
+
 SB_INLINE int band_rows(int64_t bytes_per_row, int reach, int TR, int H, int64_t out_bytes_per_row) {
   const int64_t budget = int64_t(1) << 20;
   int64_t rows = (budget - bytes_per_row * reach) / (bytes_per_row + out_bytes_per_row);
@@ -236,10 +239,13 @@ void conv2d_forward(const ConvArgs<T>& a) {
   const int64_t blocks = div_up(a.N, LANES), bands = div_up(a.OH, b.rows);
   const int parts = split_channels(blocks * bands, a.threads, a.OC);
   const int64_t plane = int64_t(a.OH) * a.OW;
+  const bool past_the_caches = !through && should_stream(a.y, blocks * LANES * a.OC * plane * int64_t(sizeof(T)));
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
-    T* band = scratch<T>(slot_source, b.C * b.channel + int64_t(b.RB * b.SY + b.SY) * a.W * LANES);
+    const int64_t line_size = int64_t(b.RB * b.SY + b.SY) * a.W * LANES;
+    T* band = scratch<T>(slot_source, b.C * b.channel + line_size + tile_sums(a.OC, st.chunks));
     T* line = band + b.C * b.channel;
+    T* sums = line + line_size;
     T* out = through ? scratch<T>(slot_dest, int64_t(a.OC) * b.rows * a.OW * LANES) : nullptr;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < blocks * bands * parts; ++task) {
@@ -259,6 +265,8 @@ void conv2d_forward(const ConvArgs<T>& a) {
       t.ptr_step = st.chunks;
       t.r0 = r0, t.r1 = r1;
       t.bias = a.bias ? a.bias + r0 : nullptr;
+      t.sums = sums;
+      t.past_the_caches = past_the_caches;
       T* dst = through ? out : a.y + ((nb * a.OC + r0) * plane + int64_t(row0) * a.OW) * LANES;
       t.dst_channel = (through ? int64_t(rows) * a.OW : plane) * LANES;
       t.dst_row = int64_t(a.OW) * LANES;
@@ -275,7 +283,8 @@ void conv2d_forward(const ConvArgs<T>& a) {
           for (int h = 0; h < st.chunks; ++h) {
             t.begin = st.ptr + h;
             t.end = st.ptr + h + 1;
-            t.accumulate = h > 0;
+            t.first = h == 0;
+            t.last = h + 1 == st.chunks;
             f(t);
           }
         }
@@ -284,6 +293,7 @@ void conv2d_forward(const ConvArgs<T>& a) {
         write_block(Walk{a.y_layout, a.OC, plane}, a.y, nb, int(least<int64_t>(LANES, a.N - nb * LANES)), r0, r1,
                     int64_t(row0) * a.OW, int64_t(rows) * a.OW, out, t.dst_channel);
     }
+    stream_fence();
   }
 }
 
@@ -374,10 +384,13 @@ void conv2d_grad_x(const ConvArgs<T>& a) {
   const int parts = split_channels(blocks * bands, a.threads, a.IC);
   const int64_t plane = int64_t(a.H) * a.W;
   const int64_t step = int64_t(phases) * chunks;
+  const bool past_the_caches = !through && should_stream(a.grad_x, blocks * LANES * a.IC * plane * int64_t(sizeof(T)));
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
-    T* band = scratch<T>(slot_source, b.C * b.channel + int64_t(b.RB + 1) * a.OW * LANES);
+    const int64_t line_size = int64_t(b.RB + 1) * a.OW * LANES;
+    T* band = scratch<T>(slot_source, b.C * b.channel + line_size + tile_sums(a.IC, chunks));
     T* line = band + b.C * b.channel;
+    T* sums = line + line_size;
     T* out = through ? scratch<T>(slot_dest, int64_t(a.IC) * b.rows * a.SH * a.W * LANES) : nullptr;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < blocks * bands * parts; ++task) {
@@ -395,6 +408,8 @@ void conv2d_grad_x(const ConvArgs<T>& a) {
       t.ptr_step = step;
       t.r0 = r0, t.r1 = r1;
       t.bias = nullptr;
+      t.sums = sums;
+      t.past_the_caches = past_the_caches;
       T* dst = through ? out : a.grad_x + ((nb * a.IC + r0) * plane + int64_t(y0) * a.W) * LANES;
       t.dst_channel = (through ? int64_t(y1 - y0) * a.W : plane) * LANES;
       t.dst_row = int64_t(a.SH) * a.W * LANES;
@@ -415,7 +430,8 @@ void conv2d_grad_x(const ConvArgs<T>& a) {
             for (int h = 0; h < chunks; ++h) {
               t.begin = ptr + f * chunks + h;
               t.end = t.begin + 1;
-              t.accumulate = h > 0;
+              t.first = h == 0;
+              t.last = h + 1 == chunks;
               fun(t);
             }
           }
@@ -425,6 +441,7 @@ void conv2d_grad_x(const ConvArgs<T>& a) {
         write_block(Walk{a.x_layout, a.IC, plane}, a.grad_x, nb, int(least<int64_t>(LANES, a.N - nb * LANES)), r0, r1,
                     int64_t(y0) * a.W, int64_t(y1 - y0) * a.W, out, t.dst_channel);
     }
+    stream_fence();
   }
 }
 
@@ -473,7 +490,9 @@ void conv2d_grad_values(const ConvArgs<T>& a) {
         const int images = int(least<int64_t>(LANES, a.N - nb * LANES));
         CorrelateTile<T> t;
         const T* g;
-        if (a.y_layout == Layout::lanes && images == LANES) {
+        // In place where a band is a whole image. Else channels lie a large power of two apart and would fall on few
+        // cache sets: a copy is read instead.
+        if (a.y_layout == Layout::lanes && images == LANES && bands == 1) {
           g = a.grad_y + ((nb * a.OC + r0) * plane + int64_t(row0) * a.OW) * LANES;
           t.grad_channel = plane * LANES;
         } else {

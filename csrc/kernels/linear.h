@@ -94,12 +94,13 @@ void linear_rows(const LinearPass<T>& p, int64_t tile, int l0, int l1, int64_t d
   for (int64_t d = d0; d < d1; d += run) {
     t.r0 = d;
     t.r1 = least(d1, d + run);
-    t.dst = group;
+    t.dst = t.sums = group;
     t.bias = p.bias ? p.bias + d : nullptr;
     for (int h = 0; h < p.chunks; ++h) {
       t.begin = (p.chunks > 1 ? p.split : p.ptr) + h;
       t.end = t.begin + 1;
-      t.accumulate = h > 0;
+      t.first = h == 0;
+      t.last = h + 1 == p.chunks;
       fn(t);
     }
     for (int l = l0; l < l1; ++l) {

@@ -22,27 +22,30 @@ struct GatherTile {
   int64_t r0, r1;
   T* dst;  // of channel r0
   ptrdiff_t dst_channel, dst_row, dst_col;
-  const T* bias;    // of channel r0; null: none
-  bool accumulate;  // dst holds the sums of an earlier chunk
+  const T* bias;         // of channel r0; null: none
+  bool first, last;      // of the chunks that a sum is made in
+  T* sums;               // between chunks: [r1 - r0][TR * TC][LANES]
+  bool past_the_caches;  // how dst is written
 };
 
-// dst[r][i][j][:] (+)= bias[r] + sum_k value[k] * src[offset[k] + i*src_row + j*LANES + :].   Cost: nnz * TR * TC FMAs.
+// dst[r][i][j][:] = bias[r] + sum_k value[k] * src[offset[k] + i*src_row + j*LANES + :].   Cost: nnz * TR * TC FMAs.
 template <class T, int TR, int TC, bool ORDERED>
 void gather_tile_as(const GatherTile<T>& t) {
   constexpr int n = Vec<T>::n;
   for (int64_t r = t.r0; r < t.r1; ++r) {
     T* dst = t.dst + (r - t.r0) * t.dst_channel;
+    T* sums = t.first && t.last ? nullptr : t.sums + (r - t.r0) * TR * TC * LANES;
     const int32_t k0 = t.begin[r * t.ptr_step], k1 = t.end[r * t.ptr_step];
-    if (t.accumulate && k0 == k1) continue;
+    if (k0 == k1 && !t.first && !t.last) continue;
     for (int part = 0; part < LANES; part += n) {
       V<T> acc[TR][TC];
-      if (t.accumulate) {
-        for (int i = 0; i < TR; ++i)
-          for (int j = 0; j < TC; ++j) acc[i][j] = load(dst + i * t.dst_row + j * t.dst_col + part);
-      } else {
+      if (t.first) {
         const V<T> b = splat<T>(t.bias ? t.bias[r - t.r0] : T(0));
         for (int i = 0; i < TR; ++i)
           for (int j = 0; j < TC; ++j) acc[i][j] = b;
+      } else {
+        for (int i = 0; i < TR; ++i)
+          for (int j = 0; j < TC; ++j) acc[i][j] = load(sums + (i * TC + j) * LANES + part);
       }
       const T* src = t.src + part;
       for (int32_t k = k0; k < k1; ++k) {
@@ -51,8 +54,16 @@ void gather_tile_as(const GatherTile<T>& t) {
         for (int i = 0; i < TR; ++i)
           for (int j = 0; j < TC; ++j) acc[i][j] += v * load(p + i * t.src_row + j * LANES);
       }
-      for (int i = 0; i < TR; ++i)
-        for (int j = 0; j < TC; ++j) store(dst + i * t.dst_row + j * t.dst_col + part, acc[i][j]);
+      if (!t.last) {
+        for (int i = 0; i < TR; ++i)
+          for (int j = 0; j < TC; ++j) store(sums + (i * TC + j) * LANES + part, acc[i][j]);
+      } else if (CAN_STREAM && t.past_the_caches) {
+        for (int i = 0; i < TR; ++i)
+          for (int j = 0; j < TC; ++j) stream(dst + i * t.dst_row + j * t.dst_col + part, acc[i][j]);
+      } else {
+        for (int i = 0; i < TR; ++i)
+          for (int j = 0; j < TC; ++j) store(dst + i * t.dst_row + j * t.dst_col + part, acc[i][j]);
+      }
     }
   }
 }
@@ -81,45 +92,58 @@ struct CorrelateTile {
   T* grad_values;  // per nonzero; added to
 };
 
+// Adds the lane sums of sum[0..m) to grad_values at `at`.
+template <class T>
+SB_INLINE void add_sums(V<T>* sum, const int32_t* at, int m, T* grad_values) {
+  constexpr int n = Vec<T>::n;
+  for (int q = m; q < n; ++q) sum[q] = zero<T>();
+  const V<T> totals = sum_each<T>(sum);
+  if (m == n && at[n - 1] - at[0] == n - 1) {
+    store(grad_values + at[0], load(grad_values + at[0]) + totals);
+  } else {
+    alignas(64) T out[n];
+    store(out, totals);
+    for (int q = 0; q < m; ++q) grad_values[at[q]] += out[q];
+  }
+}
+
 // grad_values[k] += sum_{i,j,lane} grad[r][i][j][lane] * src[offset[k] + i*src_row + j*LANES + lane].
+// A register of sums is reduced together with its neighbours, across rows too: rows of a chunk are short.
 template <class T, int TR, int TC>
 void correlate_tile(const CorrelateTile<T>& t) {
   constexpr int n = Vec<T>::n;
-  for (int64_t r = t.r0; r < t.r1; ++r) {
-    const int32_t k0 = t.begin[r * t.ptr_step], k1 = t.end[r * t.ptr_step];
-    if (k0 == k1) continue;
-    const T* grad = t.grad + (r - t.r0) * t.grad_channel;
-    for (int part = 0; part < LANES; part += n) {
+  for (int part = 0; part < LANES; part += n) {
+    const T* src = t.src + part;
+    V<T> sum[n];
+    int32_t at[n];
+    int m = 0;
+    for (int64_t r = t.r0; r < t.r1; ++r) {
+      const int32_t k0 = t.begin[r * t.ptr_step], k1 = t.end[r * t.ptr_step];
+      if (k0 == k1) continue;
+      const T* grad = t.grad + (r - t.r0) * t.grad_channel + part;
       V<T> g[TR][TC];
       if (t.rows == TR && t.cols == TC) {
         for (int i = 0; i < TR; ++i)
-          for (int j = 0; j < TC; ++j) g[i][j] = load(grad + i * t.grad_row + j * LANES + part);
+          for (int j = 0; j < TC; ++j) g[i][j] = load(grad + i * t.grad_row + j * LANES);
       } else {
         for (int i = 0; i < TR; ++i)
           for (int j = 0; j < TC; ++j)
-            g[i][j] = i < t.rows && j < t.cols ? load(grad + i * t.grad_row + j * LANES + part) : zero<T>();
+            g[i][j] = i < t.rows && j < t.cols ? load(grad + i * t.grad_row + j * LANES) : zero<T>();
       }
-      const T* src = t.src + part;
-      for (int32_t k = k0; k < k1; k += n) {
-        const int m = k1 - k < n ? k1 - k : n;
-        V<T> sum[n];
-        for (int q = 0; q < m; ++q) {
-          const T* p = src + t.offset[k + q] * t.scale;
-          V<T> s[2] = {zero<T>(), zero<T>()};  // two chains: the out-of-order window overlaps neighbouring nonzeros
-          for (int i = 0; i < TR; ++i)
-            for (int j = 0; j < TC; ++j) s[j & 1] += g[i][j] * load(p + i * t.src_row + j * LANES);
-          sum[q] = s[0] + s[1];
-        }
-        if (m == n) {
-          store(t.grad_values + k, load(t.grad_values + k) + sum_each<T>(sum));
-        } else {
-          for (int q = m; q < n; ++q) sum[q] = zero<T>();
-          alignas(64) T out[n];
-          store(out, sum_each<T>(sum));
-          for (int q = 0; q < m; ++q) t.grad_values[k + q] += out[q];
+      for (int32_t k = k0; k < k1; ++k) {
+        const T* p = src + t.offset[k] * t.scale;
+        V<T> s[2] = {zero<T>(), zero<T>()};  // two chains: the out-of-order window overlaps neighbouring nonzeros
+        for (int i = 0; i < TR; ++i)
+          for (int j = 0; j < TC; ++j) s[j & 1] += g[i][j] * load(p + i * t.src_row + j * LANES);
+        sum[m] = s[0] + s[1];
+        at[m] = k;
+        if (++m == n) {
+          add_sums<T>(sum, at, n, t.grad_values);
+          m = 0;
         }
       }
     }
+    if (m) add_sums<T>(sum, at, m, t.grad_values);
   }
 }
 

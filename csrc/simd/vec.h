@@ -36,6 +36,27 @@ SB_INLINE void store(T* p, V<T> v) {
   *reinterpret_cast<typename Vec<T>::loose*>(p) = v;
 }
 
+// A store past the caches, where one register is a whole cache line: what is not read again soon needs neither to be
+// fetched before it is overwritten nor a place in the cache. p is aligned to the register.
+#if defined(__x86_64__) && SB_VECTOR_BYTES == 64
+constexpr bool CAN_STREAM = true;
+SB_INLINE void stream(float* p, V<float> v) { __builtin_ia32_movntps512(p, v); }
+SB_INLINE void stream(double* p, V<double> v) { __builtin_ia32_movntpd512(p, v); }
+SB_INLINE void stream_fence() { __builtin_ia32_sfence(); }
+#else
+constexpr bool CAN_STREAM = false;
+template <class T>
+SB_INLINE void stream(T* p, V<T> v) {
+  store(p, v);
+}
+SB_INLINE void stream_fence() {}
+#endif
+
+// Whether `bytes` written to p should go past the caches: more than the second-level caches hold.
+SB_INLINE bool should_stream(const void* p, int64_t bytes) {
+  return CAN_STREAM && bytes >= (int64_t(4) << 20) && reinterpret_cast<uintptr_t>(p) % SB_VECTOR_BYTES == 0;
+}
+
 template <class T>
 SB_INLINE V<T> splat(T s) {
   return s - V<T>{};  // folds to one broadcast

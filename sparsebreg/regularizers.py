@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from sparsebreg.errors import check_choice, check_real
+from sparsebreg.errors import check_choice, check_real, expected
 
 __all__ = ["L1", "NoReg", "Regularizer"]
 
@@ -29,6 +29,10 @@ class Regularizer:
     def subgradient(self, w: torch.Tensor) -> torch.Tensor:
         """One element of ∂J(w); shape of w."""
         raise NotImplementedError
+
+    def with_lam(self, lam: float) -> Regularizer:
+        """The same regularizer with another ``lam``; further strengths change in proportion. Raises as the class."""
+        raise TypeError(expected("reg", "a regularizer with a lam", type(self).__name__))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data, for checkpoints that load with ``weights_only=True``."""
@@ -71,6 +75,9 @@ class L1(Regularizer):
 
     def subgradient(self, w: torch.Tensor) -> torch.Tensor:
         return self.lam * w.sign()
+
+    def with_lam(self, lam: float) -> L1:
+        return replace(self, lam=lam)
 
 
 _KNOWN: dict[str, type[Regularizer]] = {c.__name__: c for c in (NoReg, L1)}

@@ -46,6 +46,16 @@ def test_plain_and_immutable(reg):
         reg.lam = 1.0
 
 
+def test_with_lam():
+    reg = sb.L1(0.3)
+    assert reg.with_lam(0.6) == sb.L1(0.6)
+    assert reg == sb.L1(0.3)
+    with pytest.raises(ValueError, match="lam: expected a finite number of at least 0"):
+        reg.with_lam(-1.0)
+    with pytest.raises(TypeError, match="reg: expected a regularizer with a lam, got NoReg"):
+        sb.NoReg().with_lam(0.1)
+
+
 @pytest.mark.parametrize("lam", [float("nan"), float("inf"), -0.1])
 def test_bad_lam(lam):
     with pytest.raises(ValueError, match="lam: expected a finite number of at least 0, got"):

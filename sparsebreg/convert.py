@@ -313,6 +313,8 @@ def _follows(value: Any, shape: tuple[int, ...]) -> bool:
 
 def _carry_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, layer: SparseLayer) -> None:
     state = _replace_parameter(optimizer, weight, layer.values)
+    if isinstance(optimizer, BregmanOptimizer):
+        optimizer.patterns[layer.values] = layer.pattern
     if not state:
         return
     if "frozen" not in state:  # else a checkpoint of this phase was loaded before the swap
@@ -324,6 +326,8 @@ def _carry_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, layer: 
 
 def _return_state(optimizer: torch.optim.Optimizer, layer: SparseLayer, weight: nn.Parameter) -> None:
     state = _replace_parameter(optimizer, layer.values, weight)
+    if isinstance(optimizer, BregmanOptimizer):
+        optimizer.patterns.pop(layer.values, None)
     if not state:
         return
     aside = state.pop("frozen", {})

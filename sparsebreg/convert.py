@@ -19,6 +19,7 @@ from sparsebreg.errors import SwapError, check_choice, check_real, expected
 from sparsebreg.nn import SparseLayer, sparse_form, unsupported
 from sparsebreg.optim.base import REGULARISED, BregmanOptimizer
 from sparsebreg.pattern import SparsePattern
+from sparsebreg.regularizers import NoReg
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -47,7 +48,11 @@ class SparsifyConfig:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What was done with one layer. ``action`` is "sparse" or "dense"; ``reason`` says why."""
+    """What was done with one layer.
+
+    ``action`` is "sparse" or "dense"; ``reason`` says why. Output rows and input channels without any active weight are
+    counted in ``empty_rows`` and ``empty_channels``.
+    """
 
     name: str
     kind: str
@@ -55,10 +60,18 @@ class LayerReport:
     nnz: int
     action: str
     reason: str
+    empty_rows: int = 0
+    empty_channels: int = 0
 
     @property
     def density(self) -> float:
         return self.nnz / max(1, math.prod(self.shape))
+
+    @property
+    def empty(self) -> str:
+        """What vanished as a whole; an empty string where nothing did."""
+        pairs = (("rows", self.empty_rows, self.shape[:1]), ("channels", self.empty_channels, self.shape[1:2]))
+        return ", ".join(f"{n} of {of[0]} {what}" for what, n, of in pairs if n)
 
 
 @dataclass(frozen=True)
@@ -82,9 +95,10 @@ class SwapReport:
 
     def __str__(self) -> str:
         rows = [
-            (r.name, r.kind, "x".join(map(str, r.shape)), f"{r.density:.2%}", r.action, r.reason) for r in self.layers
+            (r.name, r.kind, "x".join(map(str, r.shape)), f"{r.density:.2%}", r.empty, r.action, r.reason)
+            for r in self.layers
         ]
-        table = tabulate(rows, ("layer", "kind", "shape", "density", "now", "why"), disable_numparse=True)
+        table = tabulate(rows, ("layer", "kind", "shape", "density", "empty", "now", "why"), disable_numparse=True)
         return f"{table}\n{len(self.sparse)} of {len(self.layers)} layers sparse, density {self.density:.2%}"
 
 
@@ -172,7 +186,8 @@ def plan_freeze(
         if not reason and places.users.get(id(weight), 0) > 1:
             reason = "shares its weight with another module"
         if not reason and bregman and group is not None and not group["reg"].sparse:
-            reason = "not regularised"
+            kind = type(group["reg"])
+            reason = "not regularised" if kind is NoReg else f"{kind.__name__} makes no zeros"
         if not reason and config.decide == "auto" and sparsity < config.min_sparsity:
             reason = f"sparsity {sparsity:.2%} is below {config.min_sparsity:.2%}"
         if not reason:
@@ -186,7 +201,10 @@ def plan_freeze(
         reason = reason or (
             "decide='always'" if config.decide == "always" else f"sparsity of at least {config.min_sparsity:.2%}"
         )
-        plan.report.layers.append(LayerReport(name, type(module).__name__, tuple(weight.shape), nnz, action, reason))
+        empty = (pattern.empty_rows, pattern.empty_channels) if pattern is not None else ()
+        plan.report.layers.append(
+            LayerReport(name, type(module).__name__, tuple(weight.shape), nnz, action, reason, *empty)
+        )
     if bregman:
         for name, p in model.named_parameters():
             group = groups.get(id(p))

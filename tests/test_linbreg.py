@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import plain
 import pytest
 import torch
 from conftest import close
@@ -35,38 +36,26 @@ def loss_of(matrix, target, w):
     return (matrix @ w - target).square().mean()
 
 
-def shrink(z, t):
-    return torch.sign(z) * torch.clamp(z.abs() - t, min=0)
+#: The native pass exists for the first three; all others take the torch operations on either path.
+CASES = [("fused", reg) for reg in (sb.NoReg(), sb.L1(0.0), sb.L1(0.02))] + [("plain", reg) for reg in plain.REGS]
 
 
-@pytest.mark.parametrize("lam", [None, 0.0, 0.02])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("path", "reg"), CASES, indirect=["path"], ids=repr)
+@pytest.mark.parametrize(("momentum", "decay", "shape"), [(0.0, 0.0, (4, 3, 2, 1)), (0.9, 0.01, (5, 8))])
+def test_formula(reg, momentum, decay, shape, path):
+    loss, start = plain.least_squares(shape)
+    w = nn.Parameter(start)
+    options = {"lr": 0.1, "momentum": momentum, "delta": 0.8, "weight_decay": decay}
+    plain.compare_steps(sb.LinBreg([w], reg=reg, **options), w, plain.LinBreg(**options), reg, loss, 200, close)
+
+
+@pytest.mark.parametrize("reg", [sb.NoReg(), sb.L1(0.02), sb.GroupL2(0.02)], ids=repr)
 @pytest.mark.parametrize("delta", [1.0, 0.5])
-@pytest.mark.parametrize("decay", [0.0, 0.01])
-@pytest.mark.parametrize("maximize", [False, True])
-def test_formula(lam, momentum, delta, decay, maximize, path):
-    matrix, target, w = problem()
-    optimizer = sb.LinBreg(
-        [w], lr=0.1, momentum=momentum, delta=delta, weight_decay=decay, reg=None if lam is None else sb.L1(lam),
-        maximize=maximize,
-    )  # fmt: skip
-    t = lam or 0.0
-    theta = w.detach().clone()
-    v, m = theta / delta + t * theta.sign(), torch.zeros_like(theta)
-    for _ in range(200 if not maximize else 20):
-        optimizer.zero_grad()
-        loss_of(matrix, target, w).backward()
-        optimizer.step()
-        leaf = theta.clone().requires_grad_()
-        (g,) = torch.autograd.grad(loss_of(matrix, target, leaf), leaf)
-        g = (-g if maximize else g) + decay * theta
-        m = momentum * m + (1 - momentum) * 0.1 * g
-        v = v - m
-        theta = shrink(delta * v, delta * t)
-        close(w.detach(), theta)
-        close(optimizer.state[w]["dual"], v)
-    if t:
-        assert int((w == 0).sum()) > 0
+def test_formula_of_ascent(reg, delta, path):
+    loss, start = plain.least_squares((5, 8))
+    w = nn.Parameter(start)
+    optimizer = sb.LinBreg([w], lr=0.1, momentum=0.9, delta=delta, reg=reg, maximize=True)
+    plain.compare_steps(optimizer, w, plain.LinBreg(0.1, 0.9, delta), reg, loss, 20, close, maximize=True)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

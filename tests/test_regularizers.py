@@ -9,6 +9,7 @@ import torch
 from conftest import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import groups_of
 from scipy.optimize import minimize, minimize_scalar
 
 import sparsebreg as sb
@@ -37,17 +38,6 @@ def f64(values, shape=None):
     return t if shape is None else t.view(shape)
 
 
-def groups_of(shape, over):
-    """Indices into the flattened weight, group by group, written with plain loops."""
-    rows, channels, kernel = shape[0], shape[1], math.prod(shape[2:])
-    place = lambda o, i, k: (o * channels + i) * kernel + k  # noqa: E731
-    if over == "rows":
-        return [[place(o, i, k) for i in range(channels) for k in range(kernel)] for o in range(rows)]
-    if over == "channels":
-        return [[place(o, i, k) for o in range(rows) for k in range(kernel)] for i in range(channels)]
-    return [[place(o, i, k) for k in range(kernel)] for o in range(rows) for i in range(channels)]
-
-
 def plain_value(reg, w):
     """J(w) with numpy, one group at a time."""
     flat = w.numpy().reshape(-1)
@@ -59,7 +49,7 @@ def plain_value(reg, w):
         return math.inf if (flat < 0).any() else reg.lam * flat.sum()
     if isinstance(reg, sb.L1):
         return reg.lam * np.abs(flat).sum()
-    group = sum(math.sqrt(len(g)) * np.linalg.norm(flat[g]) for g in groups_of(w.shape, reg.over))
+    group = sum(math.sqrt(len(g)) * np.linalg.norm(flat[g]) for g in groups_of(tuple(w.shape), reg.over))
     if isinstance(reg, sb.L1GroupL2):
         return reg.lam * np.abs(flat).sum() + (reg.lam if reg.lam_group is None else reg.lam_group) * group
     return reg.lam * group
@@ -78,7 +68,7 @@ def test_value(reg, shape):
 
 
 @pytest.mark.parametrize("reg", SINGLE, ids=repr)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(w=floats, step=st.floats(0.01, 3))
 def test_prox_is_the_argmin(reg, w, step):
     def objective(z):
@@ -109,7 +99,7 @@ def test_prox_of_many_weights_is_the_argmin(reg, shape):
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 2, 2, 1)], ids=["linear", "conv"])
 @pytest.mark.parametrize("reg", GROUPED + LOW_RANK, ids=repr)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 10**6), step=st.floats(0.05, 2), size=st.floats(-4, 0.5))
 def test_objective_grows_away_from_the_prox(reg, shape, seed, step, size):
     """The objective is 1-strongly convex: only at its minimiser p is it at least f(p) + ‖z − p‖²/2 for every z."""
@@ -122,7 +112,7 @@ def test_objective_grows_away_from_the_prox(reg, shape, seed, step, size):
 
 
 @pytest.mark.parametrize("reg", ALL, ids=repr)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(a=st.lists(floats, min_size=8, max_size=8), b=st.lists(floats, min_size=8, max_size=8), rank=st.booleans())
 def test_subgradient_inequality(reg, a, b, rank):
     a, b = f64(a, (2, 2, 2, 1)), f64(b, (2, 2, 2, 1))

@@ -35,9 +35,11 @@ def make(reg, dtype=torch.float64):
         nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)
     )
     model = sb.sparse_init_(model.to(dtype), density=0.4)
-    if isinstance(reg, sb.L1NonNegative):
-        for p in model.parameters():
+    for p in model.parameters():
+        if isinstance(reg, sb.L1NonNegative):
             p.data.abs_()
+        if p.dim() > 1:
+            p.data[0], p.data[:, 0] = 0, 0  # groups that are zero from the start
     x, y = torch.randn(16, 2, 6, 6, dtype=dtype), torch.randint(0, 5, (16,))
     return model, lambda m: F.cross_entropy(m(x), y)
 
@@ -76,6 +78,7 @@ def dense_view(model, optimizer):
 @each
 def test_frozen_phases_equal_masked_dense_ones(name, reg, config):
     """Several cycles, with layers swapped or all kept dense: weights and all state agree after every step."""
+    reg = reg if isinstance(reg, sb.NoReg) else reg.with_lam(3 * reg.lam)
     model, loss = make(reg)
     twin = copy.deepcopy(model)
     optimizer = build(name, model, reg)

@@ -169,7 +169,8 @@ class GroupL2(Regularizer):
 
     def _dims(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if len(shape) < 2:
-            raise ValueError(expected("w", f"two or more dimensions, for groups over {self.over}", len(shape)))
+            wanted = f"two or more dimensions for groups over {self.over} (see param_groups)"
+            raise ValueError(expected("w", wanted, len(shape)))
         return GROUPS[self.over](len(shape))
 
     def _root_size(self, w: torch.Tensor) -> float:
@@ -279,7 +280,7 @@ class NuclearNorm(Regularizer):
 
     def _matrix(self, w: torch.Tensor) -> torch.Tensor:
         if w.dim() < 2:
-            raise ValueError(expected("w", "two or more dimensions, for a nuclear norm", w.dim()))
+            raise ValueError(expected("w", "two or more dimensions for a nuclear norm (see param_groups)", w.dim()))
         return w.reshape(w.shape[0], math.prod(w.shape[1:]))
 
 

@@ -10,9 +10,7 @@ import sparsebreg as sb
 
 
 @pytest.mark.parametrize("reg", plain.REGS, ids=repr)
-@pytest.mark.parametrize(
-    ("decay", "decoupled", "shape"), [(0.0, False, (5, 8)), (0.05, False, (4, 3, 2, 1)), (0.05, True, (5, 8))]
-)
+@pytest.mark.parametrize(("decay", "decoupled", "shape"), [(0.05, False, (4, 3, 2, 1)), (0.05, True, (5, 8))])
 def test_formula(reg, decay, decoupled, shape):
     loss, start = plain.least_squares(shape)
     w = nn.Parameter(start)

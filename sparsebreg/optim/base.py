@@ -234,11 +234,13 @@ def _check_dtype(p: torch.Tensor) -> None:
 
 def _batches(params: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     batch: list[torch.Tensor] = []
+    size = 0
     for p in params:
-        if batch and sum(q.numel() for q in batch) + p.numel() > _BATCH:
+        if batch and size + p.numel() > _BATCH:
             yield batch
-            batch = []
+            batch, size = [], 0
         batch.append(p)
+        size += p.numel()
     if batch:
         yield batch
 

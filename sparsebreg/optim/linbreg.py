@@ -35,7 +35,8 @@ class LinBreg(BregmanOptimizer):
         maximize: ascend instead.
 
     Raises:
-        TypeError, ValueError: naming the option.
+        TypeError, ValueError: naming the option; TypeError for parameters that are neither float32 nor float64 (see
+        :class:`BregmanOptimizer` for mixed precision).
     """
 
     def __init__(

@@ -8,18 +8,24 @@ from sparsebreg.convert import SparsifyConfig, SwapReport, densify_, sparsify_
 from sparsebreg.errors import BackendError, DataError, SparsebregError, SwapError
 from sparsebreg.initialize import sparse_init_
 from sparsebreg.multilevel import Multilevel
-from sparsebreg.optim import LinBreg, param_groups
+from sparsebreg.optim import AdaBreg, LinBreg, ProxSGD, param_groups
 from sparsebreg.pattern import SparsePattern
-from sparsebreg.regularizers import L1, NoReg
+from sparsebreg.regularizers import L1, GroupL2, L1GroupL2, L1NonNegative, NoReg, NuclearNorm
 
 __all__ = [
     "L1",
+    "AdaBreg",
     "BackendError",
     "DataError",
+    "GroupL2",
     "Info",
+    "L1GroupL2",
+    "L1NonNegative",
     "LinBreg",
     "Multilevel",
     "NoReg",
+    "NuclearNorm",
+    "ProxSGD",
     "SparsePattern",
     "SparsebregError",
     "SparsifyConfig",

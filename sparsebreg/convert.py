@@ -20,6 +20,7 @@ from sparsebreg.errors import SwapError, check_choice, check_real, expected
 from sparsebreg.nn import SparseLayer, kind, sparse_form, to_plain, unsupported
 from sparsebreg.optim.base import REGULARISED, BregmanOptimizer
 from sparsebreg.pattern import SparsePattern
+from sparsebreg.regularizers import NoReg
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -48,7 +49,11 @@ class SparsifyConfig:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What was done with one layer. ``action`` is "sparse" or "dense"; ``reason`` says why."""
+    """What was done with one layer.
+
+    ``action`` is "sparse" or "dense"; ``reason`` says why. Output rows and input channels without any active weight are
+    counted in ``empty_rows`` and ``empty_channels``.
+    """
 
     name: str
     kind: str
@@ -56,10 +61,18 @@ class LayerReport:
     nnz: int
     action: str
     reason: str
+    empty_rows: int = 0
+    empty_channels: int = 0
 
     @property
     def density(self) -> float:
         return self.nnz / max(1, math.prod(self.shape))
+
+    @property
+    def empty(self) -> str:
+        """What vanished as a whole; an empty string where nothing did."""
+        pairs = (("rows", self.empty_rows, self.shape[:1]), ("channels", self.empty_channels, self.shape[1:2]))
+        return ", ".join(f"{n} of {of[0]} {what}" for what, n, of in pairs if n)
 
 
 @dataclass(frozen=True)
@@ -83,9 +96,10 @@ class SwapReport:
 
     def __str__(self) -> str:
         rows = [
-            (r.name, r.kind, "x".join(map(str, r.shape)), f"{r.density:.2%}", r.action, r.reason) for r in self.layers
+            (r.name, r.kind, "x".join(map(str, r.shape)), f"{r.density:.2%}", r.empty, r.action, r.reason)
+            for r in self.layers
         ]
-        table = tabulate(rows, ("layer", "kind", "shape", "density", "now", "why"), disable_numparse=True)
+        table = tabulate(rows, ("layer", "kind", "shape", "density", "empty", "now", "why"), disable_numparse=True)
         return f"{table}\n{len(self.sparse)} of {len(self.layers)} layers sparse, density {self.density:.2%}"
 
 
@@ -174,7 +188,8 @@ def plan_freeze(
         if not reason and places.users.get(id(weight), 0) > 1:
             reason = "shares its weight with another module"
         if not reason and bregman and group is not None and not group["reg"].sparse:
-            reason = "not regularised"
+            reg = type(group["reg"])
+            reason = "not regularised" if reg is NoReg else f"{reg.__name__} makes no zeros"
         if not reason:
             plan.able.append(name)
         if not reason and config.decide == "auto" and sparsity < config.min_sparsity:
@@ -190,7 +205,8 @@ def plan_freeze(
         reason = reason or (
             "decide='always'" if config.decide == "always" else f"sparsity of at least {config.min_sparsity:.2%}"
         )
-        plan.report.layers.append(LayerReport(name, kind(module), tuple(weight.shape), nnz, action, reason))
+        empty = (pattern.empty_rows, pattern.empty_channels) if pattern is not None else ()
+        plan.report.layers.append(LayerReport(name, kind(module), tuple(weight.shape), nnz, action, reason, *empty))
     if bregman:
         for name, p in model.named_parameters():
             group = groups.get(id(p))
@@ -327,6 +343,8 @@ def _follows(value: Any, shape: tuple[int, ...]) -> bool:
 
 def _carry_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, layer: SparseLayer) -> None:
     state = _replace_parameter(optimizer, weight, layer.values)
+    if isinstance(optimizer, BregmanOptimizer):
+        optimizer.patterns[layer.values] = layer.pattern
     if not state:
         return
     if "frozen" not in state:  # else a checkpoint of this phase was loaded before the swap
@@ -338,6 +356,8 @@ def _carry_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, layer: 
 
 def _return_state(optimizer: torch.optim.Optimizer, layer: SparseLayer, weight: nn.Parameter) -> None:
     state = _replace_parameter(optimizer, layer.values, weight)
+    if isinstance(optimizer, BregmanOptimizer):
+        optimizer.patterns.pop(layer.values, None)
     if not state:
         return
     aside = state.pop("frozen", {})

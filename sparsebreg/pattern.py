@@ -149,6 +149,19 @@ class SparsePattern:
         """Active weights as a fraction of all; 0 for an empty shape."""
         return self.nnz / max(1, self.rows * self.cols)
 
+    @property
+    def empty_rows(self) -> int:
+        """Rows without an active weight: output features or channels that could be left out."""
+        return int((self.rowptr.diff() == 0).sum())
+
+    @property
+    def empty_channels(self) -> int:
+        """Input features or channels (within the group) without an active weight."""
+        channels = self.shape[1]
+        if not self.cols:
+            return channels
+        return int((self.colptr.diff().view(channels, -1).sum(1) == 0).sum())
+
     def cached(self, key: Any, make: Any) -> Any:
         """What ``make()`` returned for this key; backends keep what they derive from the pattern here."""
         if key not in self._cache:

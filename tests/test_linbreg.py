@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import plain
 import pytest
 import torch
 from conftest import close
@@ -35,38 +36,26 @@ def loss_of(matrix, target, w):
     return (matrix @ w - target).square().mean()
 
 
-def shrink(z, t):
-    return torch.sign(z) * torch.clamp(z.abs() - t, min=0)
+#: The native pass exists for the first three; all others take the torch operations on either path.
+CASES = [("fused", reg) for reg in (sb.NoReg(), sb.L1(0.0), sb.L1(0.02))] + [("plain", reg) for reg in plain.REGS]
 
 
-@pytest.mark.parametrize("lam", [None, 0.0, 0.02])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("path", "reg"), CASES, indirect=["path"], ids=repr)
+@pytest.mark.parametrize(("momentum", "decay", "shape"), [(0.0, 0.0, (4, 3, 2, 1)), (0.9, 0.01, (5, 8))])
+def test_formula(reg, momentum, decay, shape, path):
+    loss, start = plain.least_squares(shape)
+    w = nn.Parameter(start)
+    options = {"lr": 0.1, "momentum": momentum, "delta": 0.8, "weight_decay": decay}
+    plain.compare_steps(sb.LinBreg([w], reg=reg, **options), w, plain.LinBreg(**options), reg, loss, 200, close)
+
+
+@pytest.mark.parametrize("reg", [sb.NoReg(), sb.L1(0.02), sb.GroupL2(0.02)], ids=repr)
 @pytest.mark.parametrize("delta", [1.0, 0.5])
-@pytest.mark.parametrize("decay", [0.0, 0.01])
-@pytest.mark.parametrize("maximize", [False, True])
-def test_formula(lam, momentum, delta, decay, maximize, path):
-    matrix, target, w = problem()
-    optimizer = sb.LinBreg(
-        [w], lr=0.1, momentum=momentum, delta=delta, weight_decay=decay, reg=None if lam is None else sb.L1(lam),
-        maximize=maximize,
-    )  # fmt: skip
-    t = lam or 0.0
-    theta = w.detach().clone()
-    v, m = theta / delta + t * theta.sign(), torch.zeros_like(theta)
-    for _ in range(200 if not maximize else 20):
-        optimizer.zero_grad()
-        loss_of(matrix, target, w).backward()
-        optimizer.step()
-        leaf = theta.clone().requires_grad_()
-        (g,) = torch.autograd.grad(loss_of(matrix, target, leaf), leaf)
-        g = (-g if maximize else g) + decay * theta
-        m = momentum * m + (1 - momentum) * 0.1 * g
-        v = v - m
-        theta = shrink(delta * v, delta * t)
-        close(w.detach(), theta)
-        close(optimizer.state[w]["dual"], v)
-    if t:
-        assert int((w == 0).sum()) > 0
+def test_formula_of_ascent(reg, delta, path):
+    loss, start = plain.least_squares((5, 8))
+    w = nn.Parameter(start)
+    optimizer = sb.LinBreg([w], lr=0.1, momentum=0.9, delta=delta, reg=reg, maximize=True)
+    plain.compare_steps(optimizer, w, plain.LinBreg(0.1, 0.9, delta), reg, loss, 20, close, maximize=True)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -206,9 +195,56 @@ class TestParamGroups:
         model[1].weight = model[0].weight
         assert len(base.param_groups(model, sb.L1(0.1))[0]["params"]) == 1
 
+    def model(self):
+        return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3, bias=False), nn.Sequential(nn.Conv2d(4, 2, 2)))
+
+    def test_per_layer_mapping(self):
+        model = self.model()
+        groups = sb.param_groups(model, sb.L1(0.1), {"1": sb.NoReg(), "2.0": sb.GroupL2(0.2)})
+        assert [g["reg"] for g in groups] == [sb.L1(0.1), sb.NoReg(), sb.GroupL2(0.2), sb.NoReg()]
+        weights = [model[0].weight, model[1].weight, model[2][0].weight]
+        assert [[id(p) for p in g["params"]] for g in groups[:3]] == [[id(w)] for w in weights]
+        assert [id(p) for p in groups[3]["params"]] == [id(model[0].bias), id(model[2][0].bias)]
+
+    def test_per_layer_function(self):
+        """Equal regularizers share a group; None is the common one."""
+        seen = []
+
+        def choose(name, module):
+            seen.append((name, type(module)))
+            return sb.GroupL2(0.2, "kernels") if isinstance(module, nn.Conv2d) else None
+
+        groups = sb.param_groups(self.model(), sb.L1(0.1), choose)
+        assert [(g["reg"], len(g["params"])) for g in groups] == [
+            (sb.L1(0.1), 2), (sb.GroupL2(0.2, "kernels"), 1), (sb.NoReg(), 2),
+        ]  # fmt: skip
+        assert seen == [("0", nn.Linear), ("1", nn.Linear), ("2.0", nn.Conv2d)]
+
+    def test_scale_by_fan_in(self):
+        """lam · c/√fan_in, with fan_in = 4, 3 and 16, and mean factor 1 over the 12, 9 and 32 weights."""
+        c = (12 + 9 + 32) / (12 / 4**0.5 + 9 / 3**0.5 + 32 / 16**0.5)
+        own = {"1": sb.L1GroupL2(0.2, "rows", 0.4), "2.0": sb.NoReg()}
+        groups = sb.param_groups(self.model(), sb.L1(0.1), own, scale="fan_in")
+        assert groups[0]["reg"].lam == pytest.approx(0.1 * c / 2, rel=1e-12)
+        assert groups[1]["reg"].lam == pytest.approx(0.2 * c / 3**0.5, rel=1e-12)
+        assert groups[1]["reg"].lam_group == pytest.approx(0.4 * c / 3**0.5, rel=1e-12)
+        assert groups[2]["reg"] == sb.NoReg()
+        same = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 7))
+        assert sb.param_groups(same, sb.L1(0.1), scale="fan_in")[0]["reg"].lam == pytest.approx(0.1, rel=1e-12)
+
     def test_errors(self):
         with pytest.raises(TypeError, match="model: expected a torch.nn.Module"):
             sb.param_groups([1], sb.L1(0.1))
+        with pytest.raises(ValueError, match=r"per_layer: expected names among 0, 1, 2.0, got '2'"):
+            sb.param_groups(self.model(), sb.L1(0.1), {"2": sb.L1(0.2)})
+        with pytest.raises(TypeError, match="per_layer: expected a mapping or a function, got float"):
+            sb.param_groups(self.model(), sb.L1(0.1), 0.2)
+        with pytest.raises(TypeError, match="reg: expected a regularizer .*, got 0.2"):
+            sb.param_groups(self.model(), sb.L1(0.1), lambda name, module: 0.2)
+        with pytest.raises(ValueError, match="scale: expected one of fan_in, got 'size'"):
+            sb.param_groups(self.model(), sb.L1(0.1), scale="size")
+        with pytest.raises(ValueError, match="model: expected initialised layers for scale='fan_in', got a lazy '0'"):
+            sb.param_groups(nn.Sequential(nn.LazyLinear(3)), sb.L1(0.1), scale="fan_in")
         with pytest.raises(TypeError, match="reg: expected a regularizer"):
             sb.param_groups(nn.Linear(1, 1), 0.1)
         with pytest.raises(ValueError, match="model: expected linear or convolution layers"):

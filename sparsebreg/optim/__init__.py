@@ -1,6 +1,8 @@
 """Bregman optimizers."""
 
+from sparsebreg.optim.adabreg import AdaBreg
 from sparsebreg.optim.base import BregmanOptimizer, param_groups
 from sparsebreg.optim.linbreg import LinBreg
+from sparsebreg.optim.proxsgd import ProxSGD
 
-__all__ = ["BregmanOptimizer", "LinBreg", "param_groups"]
+__all__ = ["AdaBreg", "BregmanOptimizer", "LinBreg", "ProxSGD", "param_groups"]

@@ -2,38 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from sparsebreg import regularizers
-from sparsebreg.errors import check_real, expected
+from sparsebreg.errors import check_choice, check_real, expected
+from sparsebreg.pattern import SparsePattern
 from sparsebreg.regularizers import NoReg, Regularizer
 
 #: Modules whose weight is regularised by ``param_groups``.
 REGULARISED = (nn.Linear, nn.modules.conv._ConvNd)
 
+#: A regularizer by layer name, or a function of (name, module); None stands for the common one.
+PerLayer = Mapping[str, Regularizer] | Callable[[str, nn.Module], "Regularizer | None"]
 
-def param_groups(model: nn.Module, reg: Regularizer) -> list[dict[str, Any]]:
-    """Two parameter groups: the weights of linear and convolution layers with ``reg``, all others without.
+#: Parameters are updated together up to this many weights: fewer calls, and all that a batch touches fits in the cache.
+_BATCH = 1 << 15
+
+
+def _check_reg(reg: Any) -> Regularizer:
+    if not isinstance(reg, Regularizer):
+        raise TypeError(expected("reg", "a regularizer such as sparsebreg.L1(0.05)", repr(reg)))
+    return reg
+
+
+def param_groups(
+    model: nn.Module, reg: Regularizer, per_layer: PerLayer | None = None, scale: str | None = None
+) -> list[dict[str, Any]]:
+    """Parameter groups: the weights of linear and convolution layers with ``reg``, all other parameters without.
+
+    Args:
+        model: any module.
+        reg: the regularizer of all layers that do not bring their own.
+        per_layer: other regularizers for some layers: a mapping from qualified names, or a function called with
+            (name, module) that returns a regularizer or None for ``reg``. Layers with equal ones share a group.
+        scale: "fan_in" multiplies the ``lam`` of each layer by c / √fan_in, the scale of a weight at initialisation,
+            with fan_in = ``weight[0].numel()`` and the c for which the factors have mean 1 over all these weights.
 
     Raises:
-        TypeError: if ``model`` is not a module or ``reg`` not a regularizer.
-        ValueError: if nothing would be regularised.
+        TypeError: if ``model`` is not a module or a regularizer not one (with ``scale``: not one with a ``lam``).
+        ValueError: if nothing would be regularised, ``per_layer`` names no such layer, or ``scale`` is unknown.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a torch.nn.Module", type(model).__name__))
-    if not isinstance(reg, Regularizer):
-        raise TypeError(expected("reg", "a regularizer such as sparsebreg.L1(0.05)", repr(reg)))
-    chosen = {id(m.weight) for m in model.modules() if isinstance(m, REGULARISED) and m.weight is not None}
+    _check_reg(reg)
+    layers: dict[int, tuple[str, nn.Module]] = {}
+    for name, m in model.named_modules():
+        if isinstance(m, REGULARISED) and m.weight is not None:
+            layers.setdefault(id(m.weight), (name, m))  # a weight that modules share is that of the first
     parameters = list(model.parameters())
-    weights = [p for p in parameters if id(p) in chosen]
+    weights = [p for p in parameters if id(p) in layers]
     if not weights:
         raise ValueError(expected("model", "linear or convolution layers to regularise", "a model without any"))
-    rest = [p for p in parameters if id(p) not in chosen]
-    groups: list[dict[str, Any]] = [{"params": weights, "reg": reg}]
+    names = [layers[id(p)][0] for p in weights]
+    own: list[Regularizer | None] = [None] * len(weights)
+    if isinstance(per_layer, Mapping):
+        if unknown := [n for n in per_layer if n not in names]:
+            raise ValueError(expected("per_layer", f"names among {', '.join(names)}", repr(unknown[0])))
+        own = [per_layer.get(n) for n in names]
+    elif callable(per_layer):
+        own = [per_layer(*layers[id(p)]) for p in weights]
+    elif per_layer is not None:
+        raise TypeError(expected("per_layer", "a mapping or a function", type(per_layer).__name__))
+    regs = [reg if r is None else _check_reg(r) for r in own]
+    if scale is not None:
+        check_choice("scale", scale, ["fan_in"])
+        if lazy := [n for n, p in zip(names, weights, strict=True) if nn.parameter.is_lazy(p)]:
+            raise ValueError(expected("model", "initialised layers for scale='fan_in'", f"a lazy '{lazy[0]}'"))
+        factors = [math.prod(p.shape[1:]) ** -0.5 if p.numel() else 1.0 for p in weights]
+        sizes = [p.numel() for p in weights]
+        mean = sum(f * n for f, n in zip(factors, sizes, strict=True)) / max(1, sum(sizes)) or 1.0
+        regs = [r if isinstance(r, NoReg) else r.with_lam(r.lam * f / mean) for r, f in zip(regs, factors, strict=True)]
+    groups: list[dict[str, Any]] = []
+    for p, r in zip(weights, regs, strict=True):
+        group = next((g for g in groups if g["reg"] == r), None)
+        if group is None:
+            groups.append(group := {"params": [], "reg": r})
+        group["params"].append(p)
+    rest = [p for p in parameters if id(p) not in layers]
     return [*groups, {"params": rest, "reg": NoReg()}] if rest else groups
 
 
@@ -43,28 +93,49 @@ class BregmanOptimizer(torch.optim.Optimizer):
     State of a parameter: ``dual`` (v), what the subclass keeps, and while its pattern is frozen either ``frozen`` (it
     is the ``values`` of a sparse layer: the dense state outside of the pattern, for the thaw) or ``active`` (it stayed
     dense: the mask of the weights that may move).
+
+    Parameters are float32 or float64. For mixed precision keep them so and compute under ``torch.autocast``, with
+    ``torch.amp.GradScaler`` if needed; half-precision parameters are refused, since v moves by far less than their
+    resolution.
+
+    Attributes:
+        patterns: the pattern of every parameter that is the ``values`` of a sparse layer; kept up to date by the swaps,
+            which also restore it when a run is resumed.
     """
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         if defaults.get("reg") is None:
             defaults["reg"] = NoReg()
+        self.patterns: dict[torch.Tensor, SparsePattern] = {}
         super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "patterns": self.patterns}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
             self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        try:
+            for p in self.param_groups[-1]["params"]:
+                if p.requires_grad:
+                    _check_dtype(p)
+        except TypeError:
+            self.param_groups.pop()
+            raise
 
     def _check(self, options: dict[str, Any]) -> None:
         """Raises TypeError or ValueError naming the option."""
         check_real("lr", options["lr"], low=0)
-        check_real("delta", options["delta"], low=0, strict=True)
         check_real("weight_decay", options["weight_decay"], low=0)
-        if not isinstance(options["reg"], Regularizer):
-            raise TypeError(expected("reg", "a regularizer such as sparsebreg.L1(0.05)", repr(options["reg"])))
+        if "delta" in self.defaults:
+            check_real("delta", options["delta"], low=0, strict=True)
+        _check_reg(options["reg"])
 
-    def _move_dual(self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """v ← v − step, in place. ``grad`` may be overwritten where it is not ``p.grad``."""
+    def _move_dual(
+        self, params: list[Any], grads: list[Any], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> None:
+        """v ← v − step for each of the parameters, in place. ``grads`` are not to be written to."""
         raise NotImplementedError
 
     def _fused(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
@@ -72,8 +143,21 @@ class BregmanOptimizer(torch.optim.Optimizer):
         return False
 
     def _start(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """v⁰ = θ⁰/δ + ∂J(θ⁰)."""
-        state["dual"] = p.detach() / group["delta"] + group["reg"].subgradient(p.detach())
+        """Makes the state that is missing: v⁰ = θ⁰/δ + ∂J(θ⁰)."""
+        if "dual" not in state:
+            state["dual"] = p.detach() / group["delta"] + self._reg(p, group).subgradient(p.detach())
+
+    def _before_prox(
+        self, params: list[Any], grads: list[Any], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> tuple[list[torch.Tensor], float]:
+        """Moves the state; returns the points z and the step t for which θ = prox_{tJ}(z)."""
+        self._move_dual(params, grads, states, group)
+        duals, delta = [s["dual"] for s in states], group["delta"]
+        return duals if delta == 1 else list(torch._foreach_mul(duals, delta)), delta
+
+    def _reg(self, p: torch.Tensor, group: dict[str, Any]) -> Regularizer:
+        pattern = self.patterns.get(p)
+        return group["reg"] if pattern is None else group["reg"].restrict(pattern)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -83,34 +167,45 @@ class BregmanOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
-                    raise RuntimeError(expected("grad", "dense gradients", "a sparse one"))
-                self._update(p, self.state[p], group)
+            for params in _batches(self._not_fused(group)):
+                self._update(params, group)
         return loss
 
-    def _update(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        if "dual" not in state:
+    def _not_fused(self, group: dict[str, Any]) -> Iterator[torch.Tensor]:
+        """The parameters with a gradient that are left to :meth:`_update`; the others are done."""
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise RuntimeError(expected("grad", "dense gradients", "a sparse one"))
+            _check_dtype(p)
+            state = self.state[p]
             self._start(p, state, group)
-        active = state.get("active")
-        if active is None and self._fused(p, state, group):
-            return
-        before = {k: s.clone() for k, s in state.items() if _moves(s, p)} if active is not None else {}
-        grad = p.grad
+            if "active" in state or not self._fused(p, state, group):
+                yield p
+
+    def _update(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[p] for p in params]
+        held = [
+            {k: s.clone() for k, s in state.items() if _moves(s, p)} if "active" in state else {}
+            for p, state in zip(params, states, strict=True)
+        ]
+        grads = [p.grad for p in params]
         if group["maximize"]:
-            grad = -grad
-        if group["weight_decay"]:
-            grad = grad.add(p, alpha=group["weight_decay"])
-        self._move_dual(p, grad, state, group)
-        for key, old in before.items():
-            torch.where(active, state[key], old, out=state[key])
-        delta = group["delta"]
-        dual = state["dual"]
-        weight = group["reg"].prox(dual if delta == 1 else dual * delta, delta)
+            grads = torch._foreach_neg(grads)
+        if group["weight_decay"] and not group.get("decoupled_weight_decay"):
+            grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+        points, step = self._before_prox(params, grads, states, group)
+        weights = []
+        for p, z, state, before in zip(params, points, states, held, strict=True):
+            active = state.get("active")
+            # J sees the active weights alone: the others count as zero in the norm of their group.
+            weight = self._reg(p, group).prox(z if active is None else torch.where(active, z, 0), step)
+            weights.append(weight if active is None else torch.where(active, weight, p))
+            for key, old in before.items():
+                torch.where(active, state[key], old, out=state[key])
         # In place: the parameter keeps its storage, which views and buckets may share.
-        p.copy_(weight if active is None else torch.where(active, weight, p))
+        torch._foreach_copy_(params, weights)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; regularizers become plain data, so that ``torch.load(weights_only=True)`` accepts it."""
@@ -129,6 +224,25 @@ class BregmanOptimizer(torch.optim.Optimizer):
         for state in self.state.values():
             if "active" in state:
                 state["active"] = state["active"].bool()  # torch casts state to the parameter's dtype
+
+
+def _check_dtype(p: torch.Tensor) -> None:
+    if p.dtype not in (torch.float32, torch.float64):
+        wanted = "float32 or float64 parameters (for mixed precision, compute under torch.autocast)"
+        raise TypeError(expected("params", wanted, p.dtype))
+
+
+def _batches(params: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    batch: list[torch.Tensor] = []
+    size = 0
+    for p in params:
+        if batch and size + p.numel() > _BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(p)
+        size += p.numel()
+    if batch:
+        yield batch
 
 
 def _moves(value: Any, p: torch.Tensor) -> bool:

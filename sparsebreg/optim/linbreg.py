@@ -35,7 +35,8 @@ class LinBreg(BregmanOptimizer):
         maximize: ascend instead.
 
     Raises:
-        TypeError, ValueError: naming the option.
+        TypeError, ValueError: naming the option; TypeError for parameters that are neither float32 nor float64 (see
+        :class:`BregmanOptimizer` for mixed precision).
     """
 
     def __init__(
@@ -65,9 +66,14 @@ class LinBreg(BregmanOptimizer):
         if check_real("momentum", options["momentum"], low=0) >= 1:
             raise ValueError(expected("momentum", "a number below 1", options["momentum"]))
 
+    def _start(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        super()._start(p, state, group)
+        if group["momentum"] and "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+
     def _fused(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
         C, reg, beta = native(), group["reg"], group["momentum"]
-        if C is None or type(reg) not in (L1, NoReg) or p.dtype not in (torch.float32, torch.float64):
+        if C is None or type(reg) not in (L1, NoReg):
             return False
         if beta and "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
@@ -87,15 +93,21 @@ class LinBreg(BregmanOptimizer):
         torch.autograd.graph.increment_version(p)  # written behind autograd's back
         return True
 
-    def _move_dual(self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def _move_dual(
+        self, params: list[Any], grads: list[Any], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> None:
         lr, beta = group["lr"], group["momentum"]
+        duals = [s["dual"] for s in states]
         if beta == 0:
-            state["dual"].sub_(grad, alpha=lr)
+            torch._foreach_sub_(duals, grads, alpha=lr)
             return
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        m = state["momentum_buffer"].mul_(beta).add_(grad, alpha=(1 - beta) * lr)
-        state["dual"].sub_(m)
+        for p, s in zip(params, states, strict=True):
+            if "momentum_buffer" not in s:  # momentum was switched on later
+                s["momentum_buffer"] = torch.zeros_like(p)
+        moments = [s["momentum_buffer"] for s in states]
+        torch._foreach_mul_(moments, beta)
+        torch._foreach_add_(moments, grads, alpha=(1 - beta) * lr)
+        torch._foreach_sub_(duals, moments)
 
 
 def _is_dense(t: torch.Tensor) -> bool:

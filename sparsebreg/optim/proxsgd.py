@@ -1,0 +1,70 @@
+"""Proximal stochastic gradient descent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from sparsebreg.errors import check_real, expected
+from sparsebreg.optim.base import BregmanOptimizer
+from sparsebreg.regularizers import Regularizer
+
+
+class ProxSGD(BregmanOptimizer):
+    """Proximal SGD with momentum, the baseline that has no dual variable.
+
+    For a gradient g of the loss at θ, plus ``weight_decay · θ``::
+
+        m ← β m + g ,   θ ← prox_{τJ}(θ − τ m)
+
+    starting from m = 0: weights that start at zero wake once τ |m| passes the threshold τ λ in a single step. Without a
+    regularizer this is ``torch.optim.SGD``; with J and β = 0 it is the proximal gradient method for loss + J.
+
+    Args:
+        params: parameters, or groups as made by :func:`sparsebreg.param_groups`.
+        lr: the step τ, at least 0.
+        momentum: β in [0, 1), as in ``torch.optim.SGD``.
+        weight_decay: at least 0.
+        reg: the regularizer J of groups that do not bring their own; default: none.
+        maximize: ascend instead.
+
+    Raises:
+        TypeError, ValueError: naming the option; TypeError for parameters that are neither float32 nor float64 (see
+        :class:`BregmanOptimizer` for mixed precision).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        reg: Regularizer | None = None,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "reg": reg, "maximize": maximize},
+        )
+
+    def _check(self, options: dict[str, Any]) -> None:
+        super()._check(options)
+        if check_real("momentum", options["momentum"], low=0) >= 1:
+            raise ValueError(expected("momentum", "a number below 1", options["momentum"]))
+
+    def _start(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if group["momentum"] and "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+
+    def _before_prox(
+        self, params: list[Any], grads: list[Any], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> tuple[list[torch.Tensor], float]:
+        lr, beta = group["lr"], group["momentum"]
+        if beta:
+            moments = [s["momentum_buffer"] for s in states]
+            torch._foreach_mul_(moments, beta)
+            torch._foreach_add_(moments, grads)
+            grads = moments
+        return list(torch._foreach_sub(params, grads, alpha=lr)), lr

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import statistics
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,11 @@ def read(folder: Path) -> tuple[list[Run], list[str]]:
                 history = list(csv.DictReader(file))
             with np.load(path.with_name("steps.npz")) as steps:
                 coarse, seconds = steps["phase"] == PHASES.index("coarse"), steps["seconds"]
-            runs.append(Run(result, history, coarse, seconds))
-            row([result])  # raises for a result without the keys that the table needs
-        except (OSError, ValueError, KeyError) as error:
+            run = Run(result, history, coarse, seconds)
+            # Each raises for a result that is not whole.
+            _ = row([result]), run.options, _breakdown([run]), result["command"], result["info"], history[-1]["flops"]
+            runs.append(run)
+        except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
             raise RunError(expected(str(path.parent), "the files of a finished run", repr(error))) from error
     unfinished = [
         str(p.parent.relative_to(folder))

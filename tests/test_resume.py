@@ -17,6 +17,7 @@ from test_multilevel import assert_same
 from sparsebreg.errors import RunError
 from sparsebreg.experiments import checkpoint, cli
 from sparsebreg.experiments.config import Config
+from sparsebreg.experiments.files import locked
 from sparsebreg.experiments.train import PARENT, Stopped, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -325,16 +326,34 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
 
 
 def test_killed_comparison_goes_on(tmp_path):
-    words = ("compare", "--methods", "sgd", "--seeds", "0", "--epochs", 15, "--threads", 1, "--checkpoint-minutes", 0,
-             "--out", tmp_path)  # fmt: skip
-    first = sparsebreg(*words)
-    wait_for(tmp_path / "digits-mlp" / "sgd-seed0" / "checkpoint.pt")
-    first.kill()  # not its run, which notices
-    first.communicate()
-    again = sparsebreg(*(w if w != 0 else 10 for w in words))  # no checkpoint after every step from here on
-    out, error = again.communicate()
-    assert again.returncode == 0, error
-    facts = json.loads((tmp_path / "digits-mlp" / "sgd-seed0" / "result.json").read_text())
-    assert facts["steps"] == 180
-    assert facts["config"]["checkpoint_minutes"] == 10  # the second process finished it
-    assert "report:" in out
+    folder = tmp_path / "digits-mlp" / "sgd-seed0"
+    words = ("compare", "--methods", "sgd", "--epochs", 300, "--threads", 1, "--out", tmp_path)
+
+    def steps():
+        return len(torch.load(folder / "checkpoint.pt", weights_only=True)["seconds"])
+
+    run = sparsebreg(*words)
+    wait_for(folder / "checkpoint.pt")  # of the first epoch
+    run.send_signal(signal.SIGINT)
+    _, error = run.communicate()
+    assert run.returncode == 130
+    assert "sparsebreg: stopped; the same command goes on from there" in error
+    assert "Traceback" not in error
+    first = steps()
+    assert first >= 12
+    before = (folder / "checkpoint.pt").stat().st_mtime_ns
+    run = sparsebreg(*words)
+    while (folder / "checkpoint.pt").stat().st_mtime_ns == before:
+        time.sleep(0.01)
+    run.kill()  # not its run, which notices, saves and stops
+    run.wait()
+    with locked(folder, 60):
+        second = steps()
+    assert first < second < 3600
+    assert not (folder / "result.json").exists()
+    run = sparsebreg(*words)
+    while steps() <= second:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    run.communicate()
+    assert run.returncode == 130

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,9 @@ class _Lines:
     def update(self, n: int = 1) -> None:
         self.done += n
         if time.perf_counter() - self._at >= 0.5 or self.done == self.total:
-            print("progress", self.done, self.total, flush=True)
+            # A comparison that was killed reads no more; the run notices by itself, and saves its state first.
+            with suppress(BrokenPipeError):
+                print("progress", self.done, self.total, flush=True)
             self._at = time.perf_counter()
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:

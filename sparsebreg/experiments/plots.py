@@ -125,6 +125,8 @@ def lines(
                     ms=4, label=label if k == 0 else None,
                 )  # fmt: skip
         ax.set(**axes)
+        if axes["xlabel"] == "epoch":
+            ax.locator_params("x", integer=True)
         if log:
             _log(ax)
         ax.grid(alpha=0.2)
@@ -137,13 +139,14 @@ def layers(name: str, rows: list[dict[str, Any]]) -> str:
     names = [k for k in rows[0] if k.startswith("density.")]
     out: list[str] = []
     with _svg(name, out) as ax:
-        shades = pyplot().get_cmap("viridis")(np.linspace(0.1, 0.85, len(names)))
+        shades = pyplot().get_cmap("viridis")(np.linspace(0.25, 0.9, len(names)))
         for i, key in enumerate(names):
             ax.plot(
                 [float(r["epoch"]) for r in rows], [100 * float(r[key]) for r in rows], color=shades[i], lw=1.3,
                 marker=".", ms=4, label=key.removeprefix("density."),
             )  # fmt: skip
         ax.set(xlabel="epoch", ylabel="active weights (%)")
+        ax.locator_params("x", integer=True)
         _log(ax)
         ax.grid(alpha=0.2)
         # Many layers: the first and the last, and shades between them.

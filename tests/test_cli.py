@@ -2,15 +2,24 @@
 
 import csv
 import json
+import math
+import os
+import re
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_data import write
 
 import sparsebreg as sb
-from sparsebreg.experiments import cli, train
+from sparsebreg.experiments import cli, data, train
+from sparsebreg.experiments.compare import plan
+from sparsebreg.experiments.config import Config, read_toml
+from sparsebreg.experiments.methods import METHODS
 
 KEYS = [
     "method",
@@ -38,7 +47,7 @@ def main(*words):
     return cli.main([str(w) for w in words])
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_train_on_digits(method, tmp_path, capsys):
     out = tmp_path / "a" / "run"
     assert main("train", "--data", "digits", "--method", method, "--epochs", 6, "--out", out) == 0
@@ -78,27 +87,202 @@ def test_same_seed_same_run(tmp_path, one_thread):
 
 
 def test_convnet_on_idx_files(tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    write(data, zipped=True)
+    files = tmp_path / "data"
+    files.mkdir()
+    write(files, zipped=True)
     out = tmp_path / "run"
-    assert main("train", "--data", "mnist", "--data-dir", data, "--model", "convnet", "--epochs", 2, "--out", out) == 0
+    assert main("train", "--data", "mnist", "--data-dir", files, "--model", "convnet", "--epochs", 2, "--out", out) == 0
     assert json.loads((out / "result.json").read_text())["model"] == "convnet"
 
 
 def test_compare(tmp_path, capsys):
     out = tmp_path / "c"
-    assert main("compare", "--methods", "sgd,ml-linbreg", "--seeds", "0,1", "--epochs", 2, "--lam", 0.1,
-                "--coarse-steps", 5, "--quiet", "--out", out) == 0  # fmt: skip
-    printed = capsys.readouterr().out
-    for part in ("sgd", "ml-linbreg", "sparsity", "of sgd", " ± ", str(out / "curves.png")):
-        assert part in printed
+    words = ("compare", "--methods", "sgd,ml-linbreg", "--seeds", "0,1", "--epochs", 1, "--lam", 0.1,
+             "--coarse-steps", 5, "--out", out)  # fmt: skip
+    assert main(*words) == 0
+    printed = capsys.readouterr()
+    for part in ("sgd", "ml-linbreg", "sparsity", "of sgd", " ± ", str(out / "curves.png"), str(out / "report.html")):
+        assert part in printed.out
+    assert "run 4 of 4: digits mlp ml-linbreg seed 1" in printed.err
+    assert "Traceback" not in printed.err
     rows = json.loads((out / "comparison.json").read_text())
     assert [r["runs"] for r in rows] == [2, 2]
-    result = json.loads((out / "ml-linbreg-seed1" / "result.json").read_text())
-    assert (result["lam"], result["coarse_steps"], result["seed"]) == (0.1, 5, 1)
-    assert json.loads((out / "sgd-seed0" / "result.json").read_text())["lam"] is None
+    runs = out / "digits-mlp"
+    results = [json.loads((runs / f"ml-linbreg-seed{k}" / "result.json").read_text()) for k in (0, 1)]
+    assert (results[1]["lam"], results[1]["coarse_steps"], results[1]["seed"]) == (0.1, 5, 1)
+    accuracy = [r["test_accuracy"] for r in results]
+    assert rows[1]["test_accuracy"] == pytest.approx(sum(accuracy) / 2)
+    assert rows[1]["test_accuracy_std"] == pytest.approx(abs(accuracy[0] - accuracy[1]) / 2**0.5)
+    assert json.loads((runs / "sgd-seed0" / "result.json").read_text())["lam"] is None
     assert (out / "curves.png").exists()
+    # Once more: what is finished is not repeated, what is missing is made.
+    (runs / "sgd-seed1" / "result.json").unlink()
+    times = {p: p.stat().st_mtime_ns for p in runs.glob("*/result.json")}
+    assert main(*words) == 0
+    assert len(times) == 3
+    assert all(p.stat().st_mtime_ns == t for p, t in times.items())
+    assert json.loads((out / "comparison.json").read_text())[1] == rows[1]
+
+
+def test_tasks_of_a_comparison(tmp_path):
+    base = Config(out=str(tmp_path), data_dir="files", lam=0.2, target_sparsity=None)
+    configs = plan(base, ["sgd", "ml-linbreg"], [0, 3], ["mlp", "convnet"], ["mnist", "cifar10"])
+    assert len(configs) == 16
+    c = configs["cifar10", "convnet", "ml-linbreg", 3]
+    assert c.out == str(tmp_path / "cifar10-convnet" / "ml-linbreg-seed3")
+    assert c.data_dir == str(Path("files") / "cifar10")
+    assert (c.epochs, c.batch_size, c.coarse_steps, c.augment, c.lam) == (200, 128, 99, True, 0.2)
+    assert (configs["mnist", "mlp", "sgd", 0].lam, configs["mnist", "mlp", "sgd", 0].epochs) == (None, 5)
+    # Every run's own words give the same run again.
+    for config in configs.values():
+        args = cli._parser().parse_args(["train", *config.arguments()])
+        assert Config(**cli._options(args)).resolved() == config
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--methods", "sgd,adam"), "methods: expected one of sgd, .*, got 'adam'"),
+        (("--model", "mlp,gpt"), "models: expected one of mlp, .*, got 'gpt'"),
+        (("--seeds", "0,x"), r"seeds: expected numbers, got \['0', 'x'\]"),
+        (("--seeds", ""), "seeds: expected at least one, got none"),
+        (("--coarse-steps", "-1"), "coarse_steps: expected an integer of at least 0"),
+    ],
+)
+def test_bad_comparisons_are_told(words, message, tmp_path, capsys):
+    assert main("compare", "--quiet", "--out", tmp_path / "c", *words) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "c").exists()
+
+
+def test_config_file(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(f'method = "sgd"\nepochs = 2\nlr = 0.02\nbatch-size = 64\nout = "{tmp_path / "run"}"\n')
+    assert main("train", "--config", file, "--quiet", "--lr", 0.03, "--schedule", "step") == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["method"], result["epochs"], result["config"]["lr"]) == ("sgd", 2, 0.03)
+    assert result["config"]["batch_size"] == 64
+    with open(tmp_path / "run" / "history.csv", newline="") as rows:
+        assert [int(r["steps"]) for r in csv.DictReader(rows)] == [23, 46]  # 1438 images
+    # The file that the run wrote is the whole of it.
+    saved = Config(**read_toml(tmp_path / "run" / "config.toml"))
+    assert asdict(saved) == result["config"]
+    assert main("train", "--config", tmp_path / "run" / "config.toml", "--quiet", "--out", tmp_path / "again") == 0
+    again = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert again["train_loss"] == result["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs = ", "config: expected a readable TOML file, got"),
+        ("epoch = 3", "config: option in .*: expected one of data, .*, got 'epoch'"),
+        ('epochs = "3"', "epochs: expected an integer, got '3'"),
+        ('lam = "a"', "lam: expected a real number, got 'a'"),
+        ("epochs = 3", "out: expected a folder for the results .--out., got none"),
+        ('augment = 3\nout = "x"', "augment: expected true or false, got 3"),
+        ('data = 3\nout = "x"', "data: expected one of digits, .*, got 3"),
+        ("out = 3", "out: expected a path, got 3"),
+    ],
+)
+def test_bad_config_files_are_told(text, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("c.toml").write_text(text)
+    words = () if "out" in message or "out = " in text else ("--out", "x")
+    assert main("train", "--quiet", "--config", "c.toml", *words) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert os.listdir() == ["c.toml"]
+
+
+def test_missing_config_file(tmp_path, capsys):
+    assert main("train", "--config", tmp_path / "no.toml", "--out", tmp_path / "x") == 1
+    assert "config: expected a readable TOML file, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factor"),
+    [
+        ("constant", lambda t: 1),
+        ("cosine", lambda t: (1 + math.cos(math.pi * t)) / 2),
+        ("step", lambda t: 1 if t < 0.5 else 0.1 if t < 0.75 else 0.01),
+    ],
+)
+def test_schedules(schedule, factor):
+    config = Config(method="sgd", epochs=3, schedule=schedule, lr=0.2).resolved()
+    run = train.Run(config, data.load("digits"))
+    assert run.steps == 36
+    for i in range(36):
+        assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.2 * factor(i / 36))
+        run.optimizer.step()
+        run.schedule.step()
+
+
+def test_validation(tmp_path):
+    out = tmp_path / "run"
+    assert main("train", "--method", "sgd", "--epochs", 2, "--validation", 0.2, "--quiet", "--out", out) == 0
+    result = json.loads((out / "result.json").read_text())
+    with open(out / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert "test_accuracy" not in rows[0]
+    assert float(rows[-1]["validation_accuracy"]) == result["validation_accuracy"]
+    split = data.load("digits", validation=0.2)
+    model = sb.models.mlp((1, 8, 8))
+    model.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
+    for name, part in (("validation", split.validation), ("test", split.test)):
+        right = (model(split.standardise(part.images)).argmax(1) == part.labels).float().mean().item()
+        assert result[f"{name}_accuracy"] == pytest.approx(100 * right)
+
+
+def test_history_and_steps(tmp_path):
+    out = tmp_path / "run"
+    assert main("train", "--epochs", 2, "--coarse-steps", 5, "--quiet", "--out", out) == 0
+    result = json.loads((out / "result.json").read_text())
+    with np.load(out / "steps.npz") as steps:
+        phase, seconds, loss = steps["phase"], steps["seconds"], steps["loss"]
+    assert phase.tolist() == [int(i % 6 != 0) for i in range(24)]
+    assert seconds.sum() == pytest.approx(result["train_seconds"], rel=1e-5)
+    assert seconds[phase == 0].sum() == pytest.approx(result["fine_seconds"], rel=1e-5)
+    assert result["train_seconds"] == pytest.approx(result["fine_seconds"] + result["coarse_seconds"])
+    assert (result["steps"], result["fine_steps"]) == (24, 4)
+    with open(out / "history.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    sizes = {"1": 64 * 1024, "3": 1024 * 1024, "5": 1024 * 10}
+    density = sum(float(last[f"density.{n}"]) * size for n, size in sizes.items()) / sum(sizes.values())
+    assert density == pytest.approx(result["density"])
+    assert float(last["train_loss"]) == pytest.approx(
+        sum(l * n for l, n in zip(loss[12:], [128] * 11 + [30], strict=True)) / 1438, rel=1e-5
+    )
+
+
+class FakeScheduler:
+    """The shape of LambdaScheduler: counts its steps."""
+
+    def __init__(self, steps, target_sparsity):
+        self.optimizer, self.target, self.count = steps, target_sparsity, 0
+
+    def step(self):
+        self.count += 1
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def test_target_sparsity(tmp_path, capsys, monkeypatch):
+    words = ("train", "--epochs", 1, "--quiet", "--target-sparsity", 0.9, "--out", tmp_path / "run")
+    assert main(*words, "--method", "sgd") == 1
+    assert "target_sparsity: expected no value for the method sgd" in capsys.readouterr().err
+    for value, message in ((1.5, "a number below 1"), (0, "a finite number above 0")):
+        assert main(*words[:-3], value, *words[-2:]) == 1
+        assert f"target_sparsity: expected {message}" in capsys.readouterr().err
+    monkeypatch.delattr(sb, "LambdaScheduler", raising=False)
+    assert main(*words) == 1
+    assert "target_sparsity: expected a sparsebreg with LambdaScheduler" in capsys.readouterr().err
+    monkeypatch.setattr(sb, "LambdaScheduler", FakeScheduler, raising=False)
+    assert main(*words) == 0
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["lam"] == {"count": 12}
 
 
 def test_info_as_a_module():
@@ -129,8 +313,6 @@ def test_bad_options_are_told_and_write_nothing(words, message, tmp_path, capsys
     assert main("train", "--quiet", "--out", out, *words) == 1
     error = capsys.readouterr().err
     assert error.startswith("sparsebreg: error: ")
-    import re
-
     assert re.search(message, error)
     assert not out.exists()
 

@@ -1,14 +1,18 @@
-"""Data sets: the IDX files as published, and everything that can be wrong with them."""
+"""Data sets: files as published, everything that can be wrong with them, and batches of them."""
 
 import gzip
+import io
+import pickle
 import struct
+import tarfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sparsebreg.errors import DataError
-from sparsebreg.experiments import data
+from sparsebreg.experiments import data, formats
 
 
 def idx(array):
@@ -38,12 +42,13 @@ def test_idx(tmp_path, zipped, name):
     d = data.load(name, write(tmp_path, zipped))
     assert d.shape == (1, 28, 28)
     assert (len(d.train), len(d.test), d.classes) == (50, 20, 10)
-    assert d.train.images.dtype is torch.float32
-    assert abs(d.train.images.mean()) < 1e-5
-    assert abs(d.train.images.std() - 1) < 1e-3
+    assert d.train.images.dtype is torch.uint8
+    standard = d.standardise(d.train.images)
+    assert abs(standard.mean()) < 1e-5
+    assert abs(standard.std() - 1) < 1e-3
     raw = torch.from_numpy(FILES["t10k-images-idx3-ubyte"][3].astype(np.float32))
     mean, std = FILES["train-images-idx3-ubyte"].mean(), FILES["train-images-idx3-ubyte"].std()
-    assert torch.allclose(d.test.images[3, 0], (raw - mean) / std, atol=1e-3)
+    assert torch.allclose(d.standardise(d.test.images)[3, 0], (raw - mean) / std, atol=1e-3)
     assert d.test.labels.tolist() == FILES["t10k-labels-idx1-ubyte"].tolist()
 
 
@@ -89,14 +94,284 @@ def test_missing_folder_and_unknown_name(tmp_path, monkeypatch):
         data.load("imagenet21k")
 
 
+def cifar_batches(n=6):
+    rng = np.random.default_rng(2)
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    return {name: (rng.integers(0, 256, (n, 3072), dtype=np.uint8), rng.integers(0, 10, n)) for name in names}
+
+
+CIFAR = cifar_batches()
+
+
+def old_pickle(images, labels):
+    """A batch as Python 2 with its numpy wrote it: protocol 2, old module names, byte strings."""
+    raw = pickle.dumps({b"data": images, b"labels": labels.tolist(), b"batch_label": b"x"}, protocol=2)
+    return raw.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+
+def cifar_files(binary):
+    for name, (images, labels) in CIFAR.items():
+        if binary:
+            yield f"{name}.bin", np.hstack([labels[:, None].astype(np.uint8), images]).tobytes()
+        else:
+            yield name, old_pickle(images, labels)
+
+
+def write_cifar(root, how, binary, **changes):
+    """Writes CIFAR-10 as an archive or a folder; returns what --data-dir is told."""
+    inner = "cifar-10-batches-bin" if binary else "cifar-10-batches-py"
+    files = {n: changes.get(n.removesuffix(".bin"), raw) for n, raw in cifar_files(binary)}
+    files = {n: raw for n, raw in files.items() if raw is not None}
+    if how.startswith("folder"):
+        (root / inner).mkdir(parents=True)
+        for name, raw in files.items():
+            (root / inner / name).write_bytes(raw)
+        return root / inner if how == "folder" else root
+    path = root / f"cifar-10-{'binary' if binary else 'python'}.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, raw in files.items():
+            member = tarfile.TarInfo(f"{inner}/{name}")
+            member.size = len(raw)
+            archive.addfile(member, io.BytesIO(raw))
+    return path if how == "archive" else root
+
+
+@pytest.mark.parametrize("how", ["folder", "folder_above", "archive", "archive_in_folder"])
+@pytest.mark.parametrize("binary", [False, True], ids=["python", "binary"])
+def test_cifar10(tmp_path, how, binary):
+    d = data.load("cifar10", write_cifar(tmp_path, how, binary))
+    assert (d.shape, d.classes, len(d.train), len(d.test)) == ((3, 32, 32), 10, 30, 6)
+    images = np.concatenate([CIFAR[f"data_batch_{i}"][0] for i in range(1, 6)]).reshape(-1, 3, 32, 32)
+    assert np.array_equal(d.train.images.numpy(), images)
+    assert d.train.labels.tolist() == [y for i in range(1, 6) for y in CIFAR[f"data_batch_{i}"][1]]
+    assert d.test.labels.tolist() == CIFAR["test_batch"][1].tolist()
+    channels = images.astype(np.float64).transpose(1, 0, 2, 3).reshape(3, -1)
+    assert np.allclose(d.mean.flatten(), channels.mean(1), rtol=1e-5)
+    assert np.allclose(d.std.flatten(), channels.std(1), rtol=1e-5)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code from a pickle ran",)
+
+
+@pytest.mark.parametrize(
+    ("binary", "changes", "message"),
+    [
+        (False, {"data_batch_3": None}, "six batches of CIFAR-10, among them data_batch_3, got none"),
+        (True, {"test_batch": None}, "six batches of CIFAR-10, among them test_batch.bin, got none"),
+        (False, {"data_batch_2": old_pickle(*CIFAR["test_batch"])[:-900]}, "data_batch_2: expected a dictionary with"),
+        (False, {"data_batch_2": b""}, "data_batch_2: expected a dictionary with data .* got EOFError"),
+        (False, {"data_batch_2": pickle.dumps([1, 2])}, "data_batch_2: expected a dictionary with"),
+        (False, {"data_batch_2": pickle.dumps(Evil())}, "builtins.print is not data"),
+        (False, {"data_batch_2": old_pickle(np.zeros((6, 3000), np.uint8), np.arange(6))}, "got uint8 of shape"),
+        (False, {"data_batch_2": old_pickle(np.zeros((6, 3072), np.uint8), np.arange(5))}, "6 labels, one per image"),
+        (False, {"data_batch_2": old_pickle(np.zeros((6, 3072), np.uint8), np.arange(6) + 5)}, "from 0 to 9, got 10"),
+        (False, {"data_batch_2": old_pickle(np.zeros((5, 3072), np.uint8), np.arange(5))}, "expected 6 images, as the"),
+        (True, {"data_batch_2": bytes(3073 * 6 - 1)}, "expected records of 3073 bytes, got 18437 bytes"),
+        (True, {"data_batch_2": bytes(3073 * 5)}, "expected 6 images, as the first batch has, got 5"),
+        (True, {"data_batch_2": b"\x0a" * 3073 * 6}, "labels from 0 to 9, got 10"),
+    ],
+)
+def test_damaged_cifar10(tmp_path, binary, changes, message, capsys):
+    with pytest.raises(DataError, match=message):
+        data.load("cifar10", write_cifar(tmp_path, "folder", binary, **changes))
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_damaged_cifar10_archives(tmp_path, monkeypatch):
+    path = write_cifar(tmp_path, "archive", False)
+    whole = path.read_bytes()
+    for raw in (whole[: len(whole) // 2], b"no archive", b"", whole[:100] + bytes(20) + whole[120:]):
+        path.write_bytes(raw)
+        with pytest.raises(DataError, match=r"tar.gz: expected a readable .tar.gz archive"):
+            data.load("cifar10", path)
+    path.write_bytes(whole)
+    data.load("cifar10", path)
+    monkeypatch.setattr(formats, "CHECKED_BYTES", {True: 0, False: 0})  # as large as the published one
+    with pytest.raises(DataError, match="published file .md5 c58f30108f718f92721af3b95e74349a., got md5"):
+        data.load("cifar10", path)
+    with pytest.raises(DataError, match="data_batch_1: expected the published file .md5 c99cafc1"):
+        data.load("cifar10", write_cifar(tmp_path / "b", "folder", False))
+    with pytest.raises(DataError, match="data_dir: expected a folder or a .tar.gz archive, got"):
+        data.load("cifar10", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"data_dir: expected cifar-10-python.tar.gz, .* got none"):
+        data.load("cifar10", tmp_path / "empty")
+
+
+WNIDS = ["n02", "n01", "n03"]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Tiny ImageNet with three classes of two images, one of them grey, and four validation images."""
+    root = tmp_path / "tiny-imagenet-200"
+    (root / "val" / "images").mkdir(parents=True)
+    (root / "wnids.txt").write_text("\n".join(WNIDS) + "\n")
+    for i, wnid in enumerate(WNIDS):
+        (root / "train" / wnid / "images").mkdir(parents=True)
+        for k in range(2):
+            image = Image.new("L", (8, 8), 40 * i) if k else Image.new("RGB", (8, 8), (40 * i, 200, 90))
+            image.save(root / "train" / wnid / "images" / f"{wnid}_{k}.JPEG", quality=95)
+    rows = []
+    for i, wnid in enumerate(["n03", "n01", "n01", "n02"]):
+        Image.new("RGB", (8, 8), (9 * i, 9, 9)).save(root / "val" / "images" / f"val_{i}.JPEG")
+        rows.append(f"val_{i}.JPEG\t{wnid}\t0\t32\t44\t62\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(rows))
+    return root
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_tiny_imagenet(tiny, above, monkeypatch):
+    d = data.load("tiny-imagenet", tiny.parent if above else tiny)
+    assert (d.shape, d.classes, len(d.train), len(d.test)) == ((3, 8, 8), 3, 6, 4)
+    assert d.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert d.test.labels.tolist() == [2, 1, 1, 0]
+    assert (d.train.images[2, :, 0, 0].int() - torch.tensor([40, 200, 90])).abs().max() <= 3  # JPEG is lossy
+    assert torch.equal(d.train.images[5, 0], d.train.images[5, 2])
+    monkeypatch.setattr(formats, "_decode", None)  # from the cache this time
+    again = data.load("tiny-imagenet", tiny)
+    assert torch.equal(again.train.images, d.train.images)
+    assert torch.equal(again.test.images, d.test.images)
+
+
+def test_cache_of_tiny_imagenet_follows_the_files(tiny):
+    cache = tiny / "sparsebreg-cache.npz"
+    first = data.load("tiny-imagenet", tiny)
+    Image.new("RGB", (8, 8), (250, 250, 250)).save(tiny / "val" / "images" / "val_2.JPEG")
+    changed = data.load("tiny-imagenet", tiny)
+    assert not torch.equal(first.test.images, changed.test.images)
+    for raw in (cache.read_bytes()[:-300], b"PK\x03\x04", b""):
+        cache.write_bytes(raw)
+        assert torch.equal(data.load("tiny-imagenet", tiny).test.images, changed.test.images)
+    assert cache.stat().st_size > 300
+
+
+def test_damaged_tiny_imagenet(tiny):
+    def fails(message):
+        with pytest.raises(DataError, match=message):
+            data.load("tiny-imagenet", tiny)
+
+    val, image = tiny / "val" / "val_annotations.txt", tiny / "train" / "n01" / "images" / "n01_1.JPEG"
+    jpeg, lines = image.read_bytes(), val.read_text()
+    image.write_bytes(jpeg[: len(jpeg) // 2])
+    fails("n01_1.JPEG: expected a readable JPEG image")
+    image.write_bytes(b"")
+    fails("n01_1.JPEG: expected a readable JPEG image")
+    Image.new("RGB", (9, 8)).save(image)
+    fails(r"n01_1.JPEG: expected an image of shape \(3, 8, 8\), got \(3, 8, 9\)")
+    image.unlink()
+    fails("n01/images: expected 2 images, as the first class has, got 1")
+    image.write_bytes(jpeg)
+    val.write_text(lines + "val_9.JPEG\tn02\t0\n")
+    fails("val_9.JPEG: expected a readable JPEG image")
+    val.write_text(lines + "val_3.JPEG\tn77\n")
+    fails("expected lines of a file name and a class of wnids.txt, got 'val_3.JPEG")
+    val.unlink()
+    fails("val_annotations.txt: expected a text file of Tiny ImageNet")
+    val.write_text(lines)
+    (tiny / "train" / "n03").rename(tiny / "train" / "n04")
+    fails("n03/images: expected a folder of images of this class")
+    (tiny / "wnids.txt").unlink()
+    fails("data_dir: expected the unpacked tiny-imagenet-200 with wnids.txt")
+
+
+def test_synthetic_is_the_same_every_time():
+    a, b = data.load("synthetic"), data.load("synthetic")
+    assert (a.shape, a.classes, len(a.train), len(a.test)) == ((3, 32, 32), 10, 5120, 1280)
+    assert torch.equal(a.train.images, b.train.images)
+    nearest = torch.stack([a.train.images[a.train.labels == c].float().mean(0) for c in range(10)])
+    distance = torch.cdist(a.test.images.flatten(1).float(), nearest.flatten(1))
+    assert (distance.argmin(1) == a.test.labels).float().mean() > 0.9  # there is something to learn
+
+
+def test_validation_split():
+    whole, split = data.load("digits"), data.load("digits", validation=0.1)
+    assert len(split.validation) == round(0.1 * len(whole.train))
+    assert len(split.train) == len(whole.train) - len(split.validation)
+    assert torch.equal(split.test.images, whole.test.images)
+    assert whole.validation is None
+
+    def bag(*splits):
+        return sorted(bytes(i.flatten().tolist()) for s in splits for i in s.images)
+
+    assert bag(split.train, split.validation) == bag(whole.train)
+    assert torch.equal(split.validation.images, data.load("digits", validation=0.1).validation.images)
+    assert torch.allclose(split.mean, split.train.images.float().mean((0, 2, 3)).view(-1, 1, 1), rtol=1e-5)
+    for value, message in ((1.0, "below 1, got 1.0"), (-0.1, "at least 0, got -0.1"), (1e-6, "splits 1438 images")):
+        with pytest.raises(ValueError, match=f"validation: expected .*{message}"):
+            data.load("digits", validation=value)
+
+
+def test_augment_is_a_crop_of_the_padded_image_or_its_mirror():
+    images = torch.randint(1, 256, (40, 3, 7, 5), dtype=torch.uint8)
+    before = images.clone()
+    out = data.augment(images, torch.Generator().manual_seed(1), pad=2)
+    assert torch.equal(images, before)
+    assert out.shape == images.shape
+    assert out.dtype is torch.uint8
+    seen = set()
+    for image, result in zip(images, out, strict=True):
+        padded = torch.zeros(3, 11, 9, dtype=torch.uint8)
+        padded[:, 2:9, 2:7] = image
+        found = [
+            (dy, dx, mirror)
+            for dy in range(5)
+            for dx in range(5)
+            for mirror in (False, True)
+            if torch.equal(padded[:, dy : dy + 7, dx : dx + 5].flip(-1) if mirror else
+                           padded[:, dy : dy + 7, dx : dx + 5], result)
+        ]  # fmt: skip
+        assert len(found) == 1
+        seen.add(found[0])
+    assert {s[0] for s in seen} == {s[1] for s in seen} == set(range(5))
+    assert {s[2] for s in seen} == {False, True}
+    again = data.augment(images, torch.Generator().manual_seed(1), pad=2)
+    assert torch.equal(again, out)
+    assert not torch.equal(data.augment(images, torch.Generator().manual_seed(2), pad=2), out)
+
+
+def ten(n=10):
+    images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 8, 8).contiguous()
+    split = data.Split(images, torch.arange(n))
+    return data.Dataset("ten", split, split, n, torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+
+
 def test_batches_cover_an_epoch_in_seeded_order():
-    split = data.Split(torch.arange(10.0).view(10, 1, 1, 1), torch.arange(10))
+    def epochs(seed, n=2):
+        batches = data.Batches(ten(), 4, seed)
+        return [[y.tolist() for _, y in batches.epoch()] for _ in range(n)]
 
-    def epoch(seed):
-        return [y.tolist() for _, y in data.batches(split, 4, torch.Generator().manual_seed(seed))]
+    first, second = epochs(0)
+    assert [len(b) for b in first] == [4, 4, 2]
+    assert sorted(i for batch in first for i in batch) == list(range(10))
+    assert first != second
+    assert epochs(0) == epochs(0) != epochs(1)
+    for x, y in data.Batches(ten(), 4, 0).epoch():
+        assert x[:, 0, 3, 3].tolist() == y.tolist()
+    assert len(data.Batches(ten(), 4, 0)) == 3
 
-    assert [len(b) for b in epoch(0)] == [4, 4, 2]
-    assert sorted(i for batch in epoch(0) for i in batch) == list(range(10))
-    assert epoch(0) == epoch(0) != epoch(1)
-    for x, y in data.batches(split, 4, torch.Generator()):
-        assert x.flatten().tolist() == y.tolist()
+
+@pytest.mark.parametrize("done", range(8))
+def test_batches_go_on_from_any_place(done):
+    def endless(batches):
+        while True:
+            yield from batches.epoch()
+
+    kept = data.Batches(ten(), 4, 3, augmented=True)
+    stream = endless(kept)
+    for _ in range(done):
+        next(stream)
+    state = torch.load(io.BytesIO(dumped(kept.state_dict())), weights_only=True)
+    resumed = data.Batches(ten(), 4, 99, augmented=True)
+    resumed.load_state_dict(state)
+    for _, (x, y), (u, v) in zip(range(9), stream, endless(resumed), strict=False):
+        assert torch.equal(y, v)
+        assert torch.equal(x, u)
+
+
+def dumped(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()

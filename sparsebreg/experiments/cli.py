@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import sparsebreg as sb
-from sparsebreg.errors import SparsebregError
+from sparsebreg.errors import SparsebregError, check_int, expected
+from sparsebreg.experiments.config import FORMATS, SCHEDULES, Config, read_toml
 from sparsebreg.experiments.data import DATASETS
-from sparsebreg.experiments.train import METHODS, SCHEDULES, Config, train
+from sparsebreg.experiments.methods import METHODS
+from sparsebreg.experiments.train import Stopped, train
 from sparsebreg.models import MODELS
+
+#: Options of a comparison that are lists.
+LISTS = ("methods", "seeds", "models", "data")
 
 
 def _list(text: str) -> list[str]:
@@ -23,33 +31,68 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sparsebreg {sb.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="backend, instruction set, threads, OpenMP runtimes, and why")
-    one = commands.add_parser("train", help="one training run")
-    many = commands.add_parser("compare", help="several methods and seeds on the same task")
-    one.add_argument("--method", default="ml-linbreg", help=f"one of {', '.join(METHODS)}")
-    one.add_argument("--seed", type=int, default=0)
-    many.add_argument("--methods", type=_list, default=["sgd", "ml-linbreg"], help="names with commas between them")
-    many.add_argument("--seeds", type=_list, default=["0"], help="numbers with commas between them")
+    # What is not given stays out of the namespace: then a --config file or a default of Config counts.
+    one = commands.add_parser("train", help="one training run", argument_default=argparse.SUPPRESS)
+    many = commands.add_parser("compare", help="several methods, seeds and tasks", argument_default=argparse.SUPPRESS)
+    one.add_argument("--method", help=f"one of {', '.join(METHODS)}")
+    one.add_argument("--seed", type=int)
+    one.add_argument("--data", help=f"one of {', '.join(DATASETS)}")
+    one.add_argument("--model", help=f"one of {', '.join(MODELS)}")
+    many.add_argument("--methods", type=_list, help=f"some of {', '.join(METHODS)}, with commas between them")
+    many.add_argument("--seeds", type=_list, help="numbers with commas between them")
+    many.add_argument("--data", type=_list, help=f"one or more of {', '.join(DATASETS)}")
+    many.add_argument("--model", "--models", dest="models", type=_list, help=f"one or more of {', '.join(MODELS)}")
     for p in (one, many):
-        p.add_argument("--data", default="digits", help=f"one of {', '.join(DATASETS)}")
-        p.add_argument("--data-dir", help="folder with the data set's files")
-        p.add_argument("--model", default="mlp", help=f"one of {', '.join(MODELS)}")
-        p.add_argument("--coarse-steps", type=int, help="coarse steps per fine step (ml- methods)")
-        p.add_argument("--lam", type=float, help="weight λ of the regularizer")
-        p.add_argument("--epochs", type=int, default=5)
-        p.add_argument("--batch-size", type=int, default=128)
+        p.add_argument("--config", help="a TOML file with options under these names; the command line wins")
+        p.add_argument("--data-dir", help="folder with the data set's files (several data sets: their folders)")
+        p.add_argument("--validation", type=float, help="fraction of the training images set aside")
+        p.add_argument("--augment", action=argparse.BooleanOptionalAction, help="random crops and mirror images")
+        p.add_argument("--epochs", type=int, help="default: 5, or the data set's own")
+        p.add_argument("--batch-size", type=int)
         p.add_argument("--lr", type=float, help="default: the method's own")
         p.add_argument("--momentum", type=float, help="default: the method's own")
-        p.add_argument("--delta", type=float, default=1.0, help="elastic-net parameter δ")
-        p.add_argument("--weight-decay", type=float, default=0.0)
+        p.add_argument("--delta", type=float, help="elastic-net parameter δ")
+        p.add_argument("--weight-decay", type=float)
+        p.add_argument("--lam", type=float, help="weight λ of the regularizer")
+        p.add_argument("--target-sparsity", type=float, help="adapt λ to this fraction of zeros")
+        p.add_argument("--coarse-steps", type=int, help="coarse steps per fine step (ml- methods)")
         p.add_argument("--init-density", type=float, help="density of the sparse start")
-        p.add_argument("--schedule", default="cosine", help=f"of the learning rate: one of {', '.join(SCHEDULES)}")
+        p.add_argument("--schedule", help=f"of the learning rate: one of {', '.join(SCHEDULES)}")
         p.add_argument("--threads", type=int, help="default: torch's")
-        p.add_argument("--out", required=True, help="folder for the results")
-        p.add_argument("--quiet", action="store_true", help="no progress bar")
+        p.add_argument("--memory-format", help=f"of convolutions: one of {', '.join(FORMATS)}; auto: the faster one")
+        p.add_argument("--checkpoint-minutes", type=float, help="time between checkpoints inside an epoch")
+        p.add_argument("--out", help="folder for the results; a run that was stopped there goes on")
+        p.add_argument("--restart", action="store_true", default=False, help="begin anew, whatever is in --out")
+        p.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
+    one.add_argument("--progress", choices=("bar", "lines"), default="bar", help=argparse.SUPPRESS)
+    page = commands.add_parser("report", help="one page about all runs in a folder")
+    page.add_argument("folder", help="as given to --out of train or compare")
     return parser
 
 
-def _progress(quiet: bool):
+class _Lines:
+    """A progress bar for another process: how many steps of how many, a line every half second."""
+
+    def __init__(self, total: int, initial: int = 0, **_: Any) -> None:
+        self.done, self.total, self._at = initial, total, 0.0
+        self.update(0)
+
+    def update(self, n: int = 1) -> None:
+        self.done += n
+        if time.perf_counter() - self._at >= 0.5 or self.done == self.total:
+            # A comparison that was killed reads no more; the run notices by itself, and saves its state first.
+            with suppress(BrokenPipeError):
+                print("progress", self.done, self.total, flush=True)
+            self._at = time.perf_counter()
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _progress(quiet: bool) -> Callable[..., Any] | None:
     if quiet:
         return None
     try:
@@ -58,49 +101,79 @@ def _progress(quiet: bool):
         return None
     # One line per few seconds where the output is not a terminal, so that a log stays readable.
     live = sys.stderr.isatty()
-    return lambda **k: tqdm(**k, unit="step", mininterval=0.2 if live else 10, dynamic_ncols=live, ascii=not live)
+    options = {"mininterval": 0.2 if live else 10, "dynamic_ncols": live, "ascii": not live}
+    return lambda **k: tqdm(**{"unit": "step", **options, **k})
 
 
-def _config(args: argparse.Namespace) -> Config:
-    names = Config.__dataclass_fields__
-    return Config(**{k: v for k, v in vars(args).items() if k in names})
+def _options(args: argparse.Namespace, more: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The options of the --config file and those of the command line, which win."""
+    options = read_toml(args.config, more) if hasattr(args, "config") else {}
+    options |= {k: v for k, v in vars(args).items() if k in Config.__dataclass_fields__ or k in more}
+    if "out" not in options:
+        raise ValueError(expected("out", "a folder for the results (--out)", "none"))
+    return options
 
 
 def _train(args: argparse.Namespace) -> None:
-    result = train(_config(args), _progress(args.quiet))
+    config = Config(**_options(args)).resolved()
+    before = (Path(config.out) / "result.json").exists() and not args.restart
+    progress = _progress(args.quiet) if args.progress == "bar" else _Lines
+    result = train(config, progress, args.restart)
+    if before:
+        print(f"finished before, not repeated (see --restart): {config.out}")
     print(
         f"{result['method']} on {result['data']}: test accuracy {result['test_accuracy']:.2f} %, "
         f"sparsity {100 * result['sparsity']:.1f} %, {result['train_seconds']:.2f} s of training steps "
         f"({result['backend']}, {result['threads']} threads)"
     )
-    print(f"results: {Path(args.out) / 'result.json'}\nplot: {Path(args.out) / 'curves.png'}")
+    print(f"results: {Path(config.out) / 'result.json'}\nplot: {Path(config.out) / 'curves.png'}")
 
 
 def _compare(args: argparse.Namespace) -> None:
     from sparsebreg.experiments.compare import compare, table
 
+    options = _options(args, LISTS)
+    lists = {"methods": ["sgd", "ml-linbreg"], "seeds": [0]}
+    for name in LISTS:
+        if name in options:
+            value = options.pop(name)
+            lists[name] = value if isinstance(value, list) else [value]
+        if name in lists and not lists[name]:
+            raise ValueError(expected(name, "at least one", "none"))
     try:
-        seeds = [int(s) for s in args.seeds]
-    except ValueError:
-        raise ValueError(f"seeds: expected numbers, got {','.join(args.seeds)!r}") from None
-    rows = compare(_config(args), args.methods, seeds, args.quiet)
+        seeds = [check_int("seeds", int(s), low=0) for s in lists.pop("seeds")]
+    except (TypeError, ValueError):
+        raise ValueError(expected("seeds", "numbers", repr(options.get("seeds", args.seeds)))) from None
+    base = Config(**options)
+    rows = compare(base, lists.pop("methods"), seeds, **lists, progress=_progress(args.quiet), restart=args.restart)
     print(table(rows))
-    print(f"plot: {Path(args.out) / 'curves.png'}")
+    print(f"plot: {Path(base.out) / 'curves.png'}\nreport: {Path(base.out) / 'report.html'}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from sparsebreg.experiments.report import report
+
+    for path in report(Path(args.folder)):
+        print(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, 1 for an error that the user can mend, 2 for a wrong call."""
+    """Runs a command; returns the exit status.
+
+    0; 1 for an error that the user can mend; 2 for a wrong call; 128 + the signal's number for a run that was stopped.
+    """
     args = _parser().parse_args(argv)
     try:
         if args.command == "info":
             print(sb.info())
-        elif args.command == "train":
-            _train(args)
         else:
-            _compare(args)
+            {"train": _train, "compare": _compare, "report": _report}[args.command](args)
     except (SparsebregError, ValueError, TypeError) as error:
         print(f"sparsebreg: error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stop:
+        print(f"\nsparsebreg: {stop}", file=sys.stderr)
+        return 128 + stop.signal
     except KeyboardInterrupt:
         print("sparsebreg: stopped", file=sys.stderr)
         return 130

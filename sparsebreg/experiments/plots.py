@@ -1,14 +1,30 @@
-"""Figures of runs."""
+"""Figures of runs: a PNG beside the results, SVG for the report."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sparsebreg.errors import RunError, expected
+from sparsebreg.experiments.files import atomic
+
+#: Okabe and Ito's colours, which colour-blind readers tell apart, on white and on black.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C")
+
+#: Written where the page's own text colour is meant; no colour of a plot.
+_TEXT = "#010203"
+
+#: Shown of a run's steps in its timeline.
+TIMELINE_STEPS = 200
 
 
-def _pyplot():
+def pyplot() -> Any:
+    """matplotlib without a window. Raises RunError where it is missing."""
     try:
         import matplotlib
     except ImportError as error:
@@ -19,26 +35,159 @@ def _pyplot():
     return pyplot
 
 
+def accuracy(row: dict[str, Any]) -> float:
+    """Of a row of history.csv: on the validation split where there is one."""
+    return float(row["validation_accuracy"] if "validation_accuracy" in row else row["test_accuracy"])
+
+
 def curves(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Writes a figure of training loss, test accuracy and density of one or more runs.
+    """Writes a figure of training loss, accuracy and density of one or more runs.
 
     Args:
         path: the PNG file.
         runs: rows of history.csv by label.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for label, rows in runs.items():
         epochs = [float(r["epoch"]) for r in rows]
         seconds = [float(r["train_seconds"]) for r in rows]
         axes[0].plot(epochs, [float(r["train_loss"]) for r in rows], marker=".", label=label)
-        axes[1].plot(seconds, [float(r["test_accuracy"]) for r in rows], marker=".", label=label)
+        axes[1].plot(seconds, [accuracy(r) for r in rows], marker=".", label=label)
         axes[2].plot(epochs, [100 * float(r["density"]) for r in rows], marker=".", label=label)
     axes[0].set(xlabel="epoch", ylabel="training loss", yscale="log")
-    axes[1].set(xlabel="training time (s)", ylabel="test accuracy (%)", xlim=(0, None))
+    axes[1].set(xlabel="training time (s)", ylabel="accuracy (%)", xlim=(0, None))
     axes[2].set(xlabel="epoch", ylabel="active weights (%)", yscale="log")
     for ax in axes:
         ax.grid(alpha=0.3, which="both")
     axes[0].legend()
-    figure.savefig(path, dpi=130)
+    with atomic(path) as file:
+        figure.savefig(file, dpi=130, format="png")
     plt.close(figure)
+
+
+@contextmanager
+def _svg(name: str, out: list[str]) -> Iterator[Any]:
+    """Axes whose drawing is appended to ``out`` as an SVG element that scales with the page and takes its colour."""
+    plt = pyplot()
+    style = {
+        "svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 9,
+        "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
+        "legend.frameon": False, "legend.fontsize": 8,
+        **{f"{key}color": _TEXT for key in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.", "grid.")},
+    }  # fmt: skip
+    with plt.rc_context(style):
+        figure, ax = plt.subplots(figsize=(4.6, 3.1), layout="constrained")
+        try:
+            yield ax
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        finally:
+            plt.close(figure)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(_TEXT, "currentColor")
+    # Several drawings share a page, so every id carries the drawing's name.
+    text = text.replace('id="', f'id="{name}-').replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
+    out.append(text)
+
+
+def _log(ax: Any) -> None:
+    """A logarithmic y axis with plain numbers: 1, 2, 5 of every power of ten, or more where it spans little."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    if high > 3 * low:
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    for which in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        which(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _legend(ax: Any, **options: Any) -> None:
+    """Above the axes, where it hides nothing."""
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), **{"ncols": 3, **options})
+
+
+#: Rows of history.csv of every seed, by label.
+Histories = dict[str, list[list[dict[str, Any]]]]
+
+
+def lines(
+    name: str, runs: Histories, x: Callable[[dict], float], y: Callable[[dict], float], log: bool = False, **axes: Any
+) -> str:
+    """A line for every run, in one colour for the runs of a label; ``axes`` go to ``Axes.set``."""
+    out: list[str] = []
+    with _svg(name, out) as ax:
+        for i, (label, seeds) in enumerate(runs.items()):
+            for k, rows in enumerate(seeds):
+                ax.plot(
+                    [x(r) for r in rows], [y(r) for r in rows], color=COLOURS[i % len(COLOURS)], lw=1.3, marker=".",
+                    ms=4, label=label if k == 0 else None,
+                )  # fmt: skip
+        ax.set(**axes)
+        if axes["xlabel"] == "epoch":
+            ax.locator_params("x", integer=True)
+        if log:
+            _log(ax)
+        ax.grid(alpha=0.2)
+        _legend(ax, ncols=3 if max(map(len, runs)) < 15 else 1)
+    return out[0]
+
+
+def layers(name: str, rows: list[dict[str, Any]]) -> str:
+    """Density of every layer over the epochs of one run."""
+    names = [k for k in rows[0] if k.startswith("density.")]
+    out: list[str] = []
+    with _svg(name, out) as ax:
+        shades = pyplot().get_cmap("viridis")(np.linspace(0.25, 0.9, len(names)))
+        for i, key in enumerate(names):
+            ax.plot(
+                [float(r["epoch"]) for r in rows], [100 * float(r[key]) for r in rows], color=shades[i], lw=1.3,
+                marker=".", ms=4, label=key.removeprefix("density."),
+            )  # fmt: skip
+        ax.set(xlabel="epoch", ylabel="active weights (%)")
+        ax.locator_params("x", integer=True)
+        _log(ax)
+        ax.grid(alpha=0.2)
+        # Many layers: the first and the last, and shades between them.
+        handles, texts = ax.get_legend_handles_labels()
+        few = range(len(names)) if len(names) <= 9 else (0, len(names) // 2, -1)
+        ax.legend(
+            [handles[i] for i in few], [texts[i] for i in few], title="layer", loc="center left",
+            bbox_to_anchor=(1, 0.5), title_fontsize=8,
+        )  # fmt: skip
+    return out[0]
+
+
+def timeline(name: str, coarse: np.ndarray, seconds: np.ndarray) -> str:
+    """Milliseconds of consecutive steps in the middle of a run, coloured by their phase."""
+    begin = max(0, (len(seconds) - TIMELINE_STEPS) // 2)
+    steps = np.arange(begin, min(len(seconds), begin + TIMELINE_STEPS))
+    out: list[str] = []
+    with _svg(name, out) as ax:
+        for label, colour, chosen in (
+            ("fine step", COLOURS[3], ~coarse[steps]),
+            ("coarse step", COLOURS[0], coarse[steps]),
+        ):
+            ax.vlines(steps[chosen], 0, 1e3 * seconds[steps][chosen], colors=colour, lw=1.2, label=label)
+        ax.set(xlabel="step", ylabel="time of the step (ms)", ylim=(0, None))
+        ax.grid(alpha=0.2, axis="y")
+        _legend(ax)
+    return out[0]
+
+
+def breakdown(name: str, times: dict[str, dict[str, float]]) -> str:
+    """Seconds by what they were spent on: a bar for every label."""
+    out: list[str] = []
+    with _svg(name, out) as ax:
+        left = np.zeros(len(times))
+        labels = list(times)
+        for part, colour in zip(next(iter(times.values())), (COLOURS[3], *COLOURS[:2], COLOURS[6]), strict=False):
+            values = np.array([t[part] for t in times.values()])
+            ax.barh(labels, values, left=left, color=colour, label=part, height=0.6)
+            left += values
+        ax.invert_yaxis()
+        ax.set(xlabel="wall-clock time (s)")
+        ax.grid(alpha=0.2, axis="x")
+        _legend(ax, ncols=2)
+    return out[0]

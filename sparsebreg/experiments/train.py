@@ -1,20 +1,26 @@
-"""One training run: a method on a model and a data set."""
+"""One training run: a method on a model and a data set, resumed where it stopped."""
 
 from __future__ import annotations
 
 import copy
 import csv
+import io
 import json
 import math
 import os
+import platform
+import shlex
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -22,99 +28,86 @@ from torch.nn import functional as F
 import sparsebreg as sb
 from sparsebreg import flops
 from sparsebreg.convert import iter_weights
-from sparsebreg.errors import RunError, check_choice, check_int, check_real, expected
+from sparsebreg.errors import RunError, expected
+from sparsebreg.experiments import checkpoint
 from sparsebreg.experiments import data as datasets
+from sparsebreg.experiments.config import SCHEDULES, Config
+from sparsebreg.experiments.files import atomic, locked, prepare_folder, write
+from sparsebreg.experiments.methods import METHODS
 from sparsebreg.models import MODELS
 
-#: Default options of every method.
-METHODS: dict[str, dict[str, Any]] = {
-    "sgd": {"lr": 0.05, "momentum": 0.9},
-    "linbreg": {"lr": 1.0, "momentum": 0.9, "lam": 0.05, "init_density": 0.02},
-    "ml-linbreg": {"lr": 3.0, "momentum": 0.9, "lam": 0.06, "coarse_steps": 29, "init_density": 0.02},
-}
+#: Phases by their number in steps.npz.
+PHASES = ("fine", "coarse")
 
-#: What a model needs otherwise. Convolutions see larger gradients, so the same step is larger for them.
-FOR_MODEL: dict[tuple[str, str], dict[str, Any]] = {
-    ("ml-linbreg", "convnet"): {"lr": 1.0, "lam": 0.1, "coarse_steps": 9, "init_density": 0.06},
-}
-
-#: Options that only some methods take.
-SPECIAL = ("lam", "coarse_steps", "init_density")
+#: Set by a comparison for its runs: the process without which they stop.
+PARENT = "SPARSEBREG_PARENT"
 
 
-@dataclass
-class Config:
-    """What a run is. None: the method's default (see ``METHODS`` and ``FOR_MODEL``)."""
+class Stopped(KeyboardInterrupt):
+    """A run was told to stop, and its state is saved. ``signal`` is the signal's number."""
 
-    data: str = "digits"
-    model: str = "mlp"
-    method: str = "ml-linbreg"
-    out: str = "runs/latest"
-    data_dir: str | None = None
-    epochs: int = 5
-    batch_size: int = 128
-    lr: float | None = None
-    momentum: float | None = None
-    delta: float = 1.0
-    weight_decay: float = 0.0
-    lam: float | None = None
-    coarse_steps: int | None = None
-    init_density: float | None = None
-    schedule: str = "cosine"
-    seed: int = 0
-    threads: int | None = None
-
-    def resolved(self) -> Config:
-        """A copy with the method's defaults filled in. Raises TypeError or ValueError naming the option."""
-        check_choice("data", self.data, datasets.DATASETS)
-        check_choice("model", self.model, MODELS)
-        check_choice("method", self.method, METHODS)
-        check_choice("schedule", self.schedule, SCHEDULES)
-        given = {k: v for k, v in asdict(self).items() if v is not None}
-        for name in SPECIAL:
-            if name in given and name not in METHODS[self.method]:
-                raise ValueError(expected(name, f"no value for the method {self.method}", given[name]))
-        defaults = {**METHODS[self.method], **FOR_MODEL.get((self.method, self.model), {})}
-        c = Config(**{**defaults, **given})
-        check_int("epochs", c.epochs, low=1)
-        check_int("batch_size", c.batch_size, low=1)
-        check_int("seed", c.seed, low=0)
-        if c.init_density is not None:
-            check_real("init_density", c.init_density, low=0, strict=True, high=1)
-        if c.threads is not None:
-            check_int("threads", c.threads, low=1)
-        return c
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
 
 
-#: Learning-rate schedules: the factor at a fraction of the run.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * min(1.0, done))),
-}
+class _Signals:
+    """Notes the first SIGINT or SIGTERM, so that a step is finished and saved; the second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.caught = 0
+        self._before: dict[int, Any] = {}
+        self._parent = int(os.environ.get(PARENT, 0))
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.caught = number
+        self.__exit__()
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def stop(self) -> int:
+        """The number of the signal to stop for; 0: none."""
+        if self._parent and os.getppid() != self._parent:
+            return signal.SIGTERM
+        return self.caught
 
 
 class Run:
-    """Model, optimizer and cycle of one configuration."""
+    """Model, optimizer, cycle and data of one configuration, and how far the run has come."""
 
     def __init__(self, config: Config, data: datasets.Dataset) -> None:
         self.config, self.data = config, data
         torch.manual_seed(config.seed)
         self.model: nn.Module = MODELS[config.model](data.shape, classes=data.classes)
         self.format = torch.contiguous_format
-        options = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-        self.cycle: sb.Multilevel | None = None
-        if config.method == "sgd":
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), **options)
-        else:
-            sb.sparse_init_(self.model, density=config.init_density)
-            groups = sb.param_groups(self.model, sb.L1(config.lam))
-            self.optimizer = sb.LinBreg(groups, delta=config.delta, **options)
-            if config.method.startswith("ml-"):
-                self.cycle = sb.Multilevel(self.model, self.optimizer, coarse_steps=config.coarse_steps)
-        self.steps = config.epochs * math.ceil(len(data.train) / config.batch_size)
+        self.batches = datasets.Batches(data, config.batch_size, config.seed, bool(config.augment))
+        self.steps = config.epochs * len(self.batches)
+        self.optimizer, self.cycle = METHODS[config.method].build(self.model, config, self.steps)
+        self.lam: Any = None
+        if config.target_sparsity is not None:
+            steps = self.cycle if isinstance(self.cycle, sb.Multilevel) else self.optimizer
+            self.lam = sb.LambdaScheduler(steps, target_sparsity=config.target_sparsity)
         self.schedule = self._schedule(self.optimizer)
         self.layer_flops = flops.per_layer(self.model, (1, *data.shape))
-        self.flops_done = self.flops_sgd = 0.0
+        self.step_flops = flops.step_flops(self.layer_flops, self.model)
+        self.flops_done = self.flops_sgd = self.loss_sum = 0.0
+        self.epoch = 0
+        self.history: list[dict[str, Any]] = []
+        #: Of every step so far: number in PHASES, seconds, loss.
+        self.phases: list[int] = []
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        #: Seconds outside of training steps.
+        self.aside = {"evaluation": 0.0, "checkpoint": 0.0}
+        self.peak_mb = 0.0
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         factor = SCHEDULES[self.config.schedule]
@@ -123,29 +116,35 @@ class Run:
     def twin(self) -> Run:
         """A copy that can be trained without changing this run."""
         copied = copy.copy(self)
-        copied.model, copied.optimizer, copied.cycle = copy.deepcopy((self.model, self.optimizer, self.cycle))
+        copied.model, copied.optimizer, copied.cycle, copied.lam = copy.deepcopy(
+            (self.model, self.optimizer, self.cycle, self.lam)
+        )
         copied.schedule = self._schedule(copied.optimizer)
         return copied
 
-    def warm_up(self, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def warm_up(self, memory_format: str) -> None:
         """Steps of a copy, so that no run pays for first-call costs (Numba compiles, torch picks kernels).
 
-        Models with convolutions also get the memory format in which their steps were faster, for an honest baseline.
+        Models with convolutions also get the memory format in which their steps were faster, for an honest baseline,
+        where it is "auto".
         """
-        formats = [torch.contiguous_format]
-        if any(isinstance(m, nn.Conv2d) for m in self.model.modules()):
-            formats.append(torch.channels_last)
+        formats = [torch.contiguous_format, torch.channels_last]
+        if memory_format != "auto":
+            formats = [torch.channels_last if memory_format == "channels_last" else torch.contiguous_format]
+        elif not any(isinstance(m, nn.Conv2d) for m in self.model.modules()):
+            formats = formats[:1]
+        first = self.data.train.take(torch.arange(min(self.config.batch_size, len(self.data.train))))
         state = torch.get_rng_state()
         seconds = {}
-        for memory_format in formats:
+        for memory_format_ in formats:
             copied = self.twin()
-            copied.set_format(memory_format)
+            copied.set_format(memory_format_)
             times = []
             for _ in range(7):
                 begin = time.perf_counter()
-                copied.step(*batch)
+                copied.step(self.data.standardise(first.images), first.labels)
                 times.append(time.perf_counter() - begin)
-            seconds[memory_format] = statistics.median(times[2:])
+            seconds[memory_format_] = statistics.median(times[2:])
         self.set_format(min(seconds, key=seconds.get))  # type: ignore[arg-type]
         torch.set_rng_state(state)
 
@@ -155,40 +154,135 @@ class Run:
             self.model.to(memory_format=memory_format)
 
     @property
-    def phase(self) -> str:
-        return self.cycle.phase if self.cycle else "fine"
+    def format_name(self) -> str:
+        return "channels_last" if self.format is torch.channels_last else "contiguous"
 
-    def step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
         """One training step; returns the loss."""
         x = x.contiguous(memory_format=self.format)
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.model(x), y)
         loss.backward()
-        (self.cycle or self.optimizer).step()
+        self.cycle.step()
+        if self.lam is not None:
+            self.lam.step()
         self.schedule.step()
-        return loss.detach()
+        return loss.item()
 
-    def count_flops(self, phase: str, samples: int, density: flops.StepFlops) -> None:
-        """Adds what the step cost."""
-        fine = density.fine if self.cycle else density.sgd
-        self.flops_done += samples * (density.coarse if phase == "coarse" else fine)
-        self.flops_sgd += samples * density.sgd
+    def record(self, phase: str, seconds: float, loss: float, samples: int) -> None:
+        """Notes a step that was taken in ``phase``."""
+        self.phases.append(PHASES.index(phase))
+        self.seconds.append(seconds)
+        self.losses.append(loss)
+        self.loss_sum += loss * samples
+        cost = self.step_flops
+        fine = cost.fine if isinstance(self.cycle, sb.Multilevel) else cost.sgd
+        self.flops_done += samples * (cost.coarse if phase == "coarse" else fine)
+        self.flops_sgd += samples * self.step_flops.sgd
+        if phase == "fine":
+            self.step_flops = flops.step_flops(self.layer_flops, self.model)
 
     @torch.no_grad()
     def accuracy(self, split: datasets.Split) -> float:
         """Percentage of correct answers."""
         self.model.eval()
         right = 0
-        for i in range(0, len(split), 1000):
-            x = split.images[i : i + 1000].contiguous(memory_format=self.format)
-            right += int((self.model(x).argmax(1) == split.labels[i : i + 1000]).sum())
+        for images, labels in zip(split.images.split(1000), split.labels.split(1000), strict=True):
+            x = self.data.standardise(images).contiguous(memory_format=self.format)
+            right += int((self.model(x).argmax(1) == labels).sum())
         self.model.train()
         return 100 * right / len(split)
 
-    def density(self) -> float:
-        """Active weights of linear and convolution layers as a fraction of all of theirs."""
+    def present_lam(self) -> float | None:
+        """λ of the regularised weights now: the mean over their groups."""
+        values = [g["reg"].lam for g in self.optimizer.param_groups if getattr(g.get("reg"), "lam", None) is not None]
+        return statistics.mean(values) if values else None
+
+    def end_epoch(self) -> None:
+        """Evaluates, and adds a row to the history."""
+        begin = time.perf_counter()
+        # With a validation split the test images are not looked at before the end.
+        held = self.data.validation
+        kind, split = ("validation", held) if held is not None else ("test", self.data.test)
+        accuracy = self.accuracy(split)
+        self.aside["evaluation"] += time.perf_counter() - begin
         counts = list(iter_weights(self.model))
-        return sum(a for _, a, _ in counts) / sum(t for _, _, t in counts)
+        self.epoch += 1
+        self.history.append(
+            {
+                "epoch": self.epoch,
+                "steps": len(self.seconds),
+                "train_loss": self.loss_sum / len(self.data.train),
+                f"{kind}_accuracy": accuracy,
+                "density": sum(a for _, a, _ in counts) / sum(t for _, _, t in counts),
+                "lam": self.present_lam(),
+                "train_seconds": sum(self.seconds),
+                "evaluation_seconds": self.aside["evaluation"],
+                "flops": self.flops_done,
+                "flops_fraction_of_sgd": self.flops_done / self.flops_sgd,
+                **{f"density.{n}": a / t for n, a, t in counts},
+            }
+        )
+        self.loss_sum = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the run needs to go on from here bit by bit; loads with ``torch.load(weights_only=True)``."""
+        return {
+            "cycle": self.cycle.state_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lam": self.lam.state_dict() if self.lam is not None else None,
+            "schedule": self.schedule.state_dict(),
+            "batches": self.batches.state_dict(),
+            "rng": torch.get_rng_state(),
+            "memory_format": self.format_name,
+            "epoch": self.epoch,
+            "history": self.history,
+            "phases": torch.tensor(self.phases, dtype=torch.uint8),
+            "seconds": torch.tensor(self.seconds, dtype=torch.float64),
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "loss_sum": self.loss_sum,
+            "flops": (self.flops_done, self.flops_sgd, self.step_flops.dense, self.step_flops.sparse),
+            "aside": self.aside,
+            "peak_mb": max(self.peak_mb, peak_rss_mb()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Of a run that has taken no step; its memory format is set already."""
+        self.cycle.load_state_dict(state["cycle"])  # first: it brings the layers into their phase
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.lam is not None:
+            self.lam.load_state_dict(state["lam"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.batches.load_state_dict(state["batches"])
+        for name in ("epoch", "history", "loss_sum", "aside", "peak_mb"):
+            setattr(self, name, state[name])
+        for name in ("phases", "seconds", "losses"):
+            setattr(self, name, state[name].tolist())
+        self.flops_done, self.flops_sgd, dense, sparse = state["flops"]
+        self.step_flops = flops.StepFlops(dense, sparse)
+        torch.set_rng_state(state["rng"])
+
+    def save(self, folder: Path) -> None:
+        """Writes the checkpoint. Raises RunError for weights that are not finite, or no room; the old one stays."""
+        begin = time.perf_counter()
+        for name, p in self.model.named_parameters():
+            if not p.isfinite().all():
+                raise RunError(
+                    expected(f"weights of '{name}'", "finite numbers", f"others after step {len(self.seconds)}")
+                )
+        checkpoint.save(folder, self.config, self.state_dict())
+        self.aside["checkpoint"] += time.perf_counter() - begin
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
 
 
 def peak_rss_mb() -> float:
@@ -201,89 +295,105 @@ def peak_rss_mb() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def prepare_folder(out: str | Path) -> Path:
-    """The output folder, made and writable. Raises RunError."""
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RunError(expected("out", "a folder that can be written", error)) from error
-    return folder
+def train(config: Config, progress: Callable[..., Any] | None = None, restart: bool = False) -> dict[str, Any]:
+    """Trains as configured and writes result.json, config.toml, history.csv, steps.npz, checkpoint.pt and curves.png.
 
-
-def train(config: Config, progress: Callable[..., Any] | None = None) -> dict[str, Any]:
-    """Trains as configured and writes result.json, history.csv, checkpoint.pt and curves.png.
+    A run that was stopped goes on where it was, with the very same weights at the end; the result of a finished one is
+    returned as it is.
 
     Args:
         progress: called as ``tqdm.tqdm``; default: no progress bar.
+        restart: begin anew, whatever is in the folder.
 
     Returns:
         The content of result.json. ``train_seconds`` counts training steps with all that they need (batches, swaps and
-        pattern rebuilds too), not evaluation or the reading of data.
+        pattern rebuilds too), not evaluation, checkpoints or the reading of data.
 
     Raises:
-        TypeError, ValueError: for a wrong option; DataError, RunError; all before anything is written.
+        TypeError, ValueError: for a wrong option; DataError, RunError; all before anything is written. RunError: for a
+        loss that is not finite, or a full disk. Stopped: for SIGINT or SIGTERM, once the state is saved.
     """
     config = config.resolved()
-    data = datasets.load(config.data, config.data_dir)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    sb.info()  # raises for a backend that cannot be used
+    torch.set_num_threads(config.threads)
+    if not restart and (result := checkpoint.finished(config)) is not None:
+        return result
+    data = datasets.load(config.data, config.data_dir, config.validation)
     run = Run(config, data)
     folder = prepare_folder(config.out)
-    run.warm_up((data.train.images[: config.batch_size], data.train.labels[: config.batch_size]))
+    # The run of a comparison that was killed needs a moment to notice.
+    with locked(folder, 60 if PARENT in os.environ else 0):
+        if restart:
+            for name in ("result.json", checkpoint.NAME):
+                (folder / name).unlink(missing_ok=True)
+        saved = checkpoint.load(folder, config)
+        run.warm_up(saved["memory_format"] if saved else config.memory_format)
+        if saved:
+            run.load_state_dict(saved)
+        else:
+            config.save(folder / "config.toml")
+        del saved
+        _loop(run, folder, progress)
+        return _write(run, folder)
 
-    order = torch.Generator().manual_seed(config.seed)
-    seconds: dict[str, list[float]] = {"fine": [], "coarse": []}
-    history: list[dict[str, Any]] = []
-    total, steps = 0.0, 0
-    bar = progress(total=run.steps, desc=f"{config.method} seed {config.seed}") if progress else None
-    for epoch in range(1, config.epochs + 1):
-        losses = torch.zeros(())
-        batches = datasets.batches(data.train, config.batch_size, order)
-        step_flops = flops.step_flops(run.layer_flops, run.model)
-        while True:
-            phase = run.phase
-            begin = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                break
-            loss = run.step(*batch)
-            elapsed = time.perf_counter() - begin
-            total += elapsed
-            steps += 1
-            seconds[phase].append(elapsed)
-            losses += loss * len(batch[1])
-            run.count_flops(phase, len(batch[1]), step_flops)
-            if phase == "fine":
-                step_flops = flops.step_flops(run.layer_flops, run.model)
+
+def _loop(run: Run, folder: Path, progress: Callable[..., Any] | None) -> None:
+    config = run.config
+    bar = None
+    if progress:
+        bar = progress(total=run.steps, initial=len(run.seconds), desc=f"{config.method} seed {config.seed}")
+    saved_at = time.perf_counter()
+    with _Signals() as signals:
+        while run.epoch < config.epochs:
+            batches = run.batches.epoch()
+            while True:
+                phase = run.cycle.phase
+                begin = time.perf_counter()
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                loss = run.step(*batch)
+                run.record(phase, time.perf_counter() - begin, loss, len(batch[1]))
+                if not math.isfinite(loss):
+                    where = f"{loss} in epoch {run.epoch + 1}, step {len(run.seconds)}, a {phase} one"
+                    kept = f"; {folder / checkpoint.NAME} is of before" if (folder / checkpoint.NAME).exists() else ""
+                    raise RunError(expected("loss", "a finite number", f"{where} (a smaller lr may help{kept})"))
+                if bar is not None:
+                    bar.update()
+                if number := signals.stop():
+                    run.save(folder)
+                    at = f"step {len(run.seconds)} of {run.steps}"
+                    raise Stopped(f"stopped after {at}; the same command goes on from there", number)
+                if time.perf_counter() - saved_at >= 60 * config.checkpoint_minutes:
+                    run.save(folder)
+                    saved_at = time.perf_counter()
+            run.end_epoch()
+            _write_history(run, folder)
+            run.save(folder)
+            saved_at = time.perf_counter()
             if bar is not None:
-                bar.update()
-        mean_loss = losses.item() / len(data.train)
-        if not math.isfinite(mean_loss):
-            raise RunError(expected("loss", "a finite number", f"{mean_loss} in epoch {epoch} (a smaller lr may help)"))
-        history.append(
-            {
-                "epoch": epoch,
-                "steps": steps,
-                "train_loss": mean_loss,
-                "test_accuracy": run.accuracy(data.test),
-                "density": run.density(),
-                "lam": config.lam,
-                "train_seconds": total,
-                "flops_fraction_of_sgd": run.flops_done / run.flops_sgd,
-            }
-        )
-        if bar is not None:
-            last = history[-1]
-            text = f"accuracy {last['test_accuracy']:.1f} %, density {last['density']:.1%}"
-            bar.set_postfix_str(text, refresh=False)
+                last = run.history[-1]
+                accuracy = last.get("validation_accuracy", last.get("test_accuracy"))
+                bar.set_postfix_str(f"accuracy {accuracy:.1f} %, density {last['density']:.1%}", refresh=False)
     if bar is not None:
         bar.close()
+
+
+def _write_history(run: Run, folder: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, run.history[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(run.history)
+    write(folder / "history.csv", text.getvalue())
+
+
+def _write(run: Run, folder: Path) -> dict[str, Any]:
+    from sparsebreg.experiments import plots
+
+    config, last = run.config, run.history[-1]
+    seconds, coarse = np.array(run.seconds), np.array(run.phases) == PHASES.index("coarse")
     facts = sb.info()
-    median = {k: statistics.median(v) if v else None for k, v in seconds.items()}
+    test = last["test_accuracy"] if "test_accuracy" in last else run.accuracy(run.data.test)
     result = {
         "method": config.method,
         "model": config.model,
@@ -291,45 +401,41 @@ def train(config: Config, progress: Callable[..., Any] | None = None) -> dict[st
         "seed": config.seed,
         "epochs": config.epochs,
         "coarse_steps": config.coarse_steps,
-        "lam": config.lam,
-        "test_accuracy": history[-1]["test_accuracy"],
-        "train_loss": history[-1]["train_loss"],
-        "density": history[-1]["density"],
-        "sparsity": 1 - history[-1]["density"],
-        "train_seconds": total,
-        "seconds_per_coarse_step": median["coarse"],
-        "seconds_per_fine_step": median["fine"],
-        "fine_steps": len(seconds["fine"]),
-        "flops_fraction_of_sgd": history[-1]["flops_fraction_of_sgd"],
+        "lam": last["lam"],
+        "test_accuracy": test,
+        "validation_accuracy": last.get("validation_accuracy"),
+        "train_loss": last["train_loss"],
+        "density": last["density"],
+        "sparsity": 1 - last["density"],
+        "train_seconds": last["train_seconds"],
+        "fine_seconds": float(seconds[~coarse].sum()),
+        "coarse_seconds": float(seconds[coarse].sum()),
+        "evaluation_seconds": run.aside["evaluation"],
+        "checkpoint_seconds": run.aside["checkpoint"],
+        "seconds_per_coarse_step": float(np.median(seconds[coarse])) if coarse.any() else None,
+        "seconds_per_fine_step": float(np.median(seconds[~coarse])) if not coarse.all() else None,
+        "steps": len(seconds),
+        "fine_steps": int((~coarse).sum()),
+        "flops_fraction_of_sgd": last["flops_fraction_of_sgd"],
         "backend": facts.backend,
         "isa": facts.isa,
         "threads": facts.threads,
-        "peak_rss_mb": peak_rss_mb(),
-        "memory_format": str(run.format).removeprefix("torch."),
+        "peak_rss_mb": max(run.peak_mb, peak_rss_mb()),
+        "memory_format": run.format_name,
+        "command": shlex.join(["sparsebreg", "train", *config.arguments()]),
         "config": asdict(config),
-        "info": facts.as_dict(),
+        "facts": checkpoint.facts(),
+        "info": {**facts.as_dict(), "cpu": cpu_name()},
     }
-    _write(folder, run, result, history)
-    return result
-
-
-def _write(folder: Path, run: Run, result: dict[str, Any], history: list[dict[str, Any]]) -> None:
-    from sparsebreg.experiments import plots
-
-    with open(folder / "history.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, history[0].keys())
-        writer.writeheader()
-        writer.writerows(history)
-    checkpoint = {
-        "result": result,
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "schedule": {"steps": run.schedule.last_epoch},
-        "cycle": run.cycle.state_dict() if run.cycle else None,
-    }
-    temporary = folder / "checkpoint.pt.part"
-    torch.save(checkpoint, temporary)
-    temporary.replace(folder / "checkpoint.pt")
-    plots.curves(folder / "curves.png", {result["method"]: history})
+    _write_history(run, folder)
+    with atomic(folder / "steps.npz") as file:
+        np.savez_compressed(
+            file,
+            phase=np.array(run.phases, np.uint8),
+            seconds=seconds.astype(np.float32),
+            loss=np.array(run.losses, np.float32),
+        )
+    plots.curves(folder / "curves.png", {result["method"]: run.history})
     # Last: a result.json says that the run is complete.
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    write(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    return result

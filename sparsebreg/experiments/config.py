@@ -1,0 +1,151 @@
+"""What a training run is: a dataclass, a TOML file, and words on a command line."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparsebreg as sb
+from sparsebreg.errors import check_choice, check_int, check_real, expected
+from sparsebreg.experiments.data import DATASETS
+from sparsebreg.experiments.files import write
+from sparsebreg.experiments.methods import FOR_DATA, METHODS, special
+from sparsebreg.models import MODELS
+
+#: Learning-rate schedules: the factor at a fraction of the run.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * min(1.0, done))),
+    "step": lambda done: 0.1 ** ((done >= 0.5) + (done >= 0.75)),
+}
+
+FORMATS = ("auto", "contiguous", "channels_last")
+
+#: Options that do not change what a run computes: a run may be resumed with others.
+FREE = ("out", "data_dir", "checkpoint_minutes")
+
+
+@dataclass
+class Config:
+    """What a run is. None: the default of the method, model or data set (see ``METHODS`` and ``FOR_DATA``).
+
+    ``epochs`` is 5 and ``augment`` off where the data set says nothing else; ``threads`` is torch's own number.
+    """
+
+    data: str = "digits"
+    model: str = "mlp"
+    method: str = "ml-linbreg"
+    out: str = "runs/latest"
+    data_dir: str | None = None
+    validation: float = 0.0
+    augment: bool | None = None
+    epochs: int | None = None
+    batch_size: int = 128
+    lr: float | None = None
+    momentum: float | None = None
+    delta: float = 1.0
+    weight_decay: float = 0.0
+    lam: float | None = None
+    target_sparsity: float | None = None
+    coarse_steps: int | None = None
+    init_density: float | None = None
+    schedule: str = "cosine"
+    seed: int = 0
+    threads: int | None = None
+    memory_format: str = "auto"
+    checkpoint_minutes: float = 10.0
+
+    def resolved(self) -> Config:
+        """A copy with the defaults filled in. Raises TypeError or ValueError naming the option."""
+        check_choice("data", self.data, DATASETS)
+        check_choice("model", self.model, MODELS)
+        check_choice("method", self.method, METHODS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("memory_format", self.memory_format, FORMATS)
+        method = METHODS[self.method]
+        given = {k: v for k, v in asdict(self).items() if v is not None}
+        for name in special() - set(method.defaults):
+            if name in given:
+                raise ValueError(expected(name, f"no value for the method {self.method}", given[name]))
+        defaults = {"epochs": 5, "augment": False, "threads": torch.get_num_threads()}
+        defaults |= {**method.defaults, **method.for_model.get(self.model, {})}
+        defaults |= {k: v for k, v in FOR_DATA.get(self.data, {}).items() if k in method.defaults or k not in special()}
+        c = Config(**{**defaults, **given})
+        if not isinstance(c.augment, bool):
+            raise TypeError(expected("augment", "true or false", repr(c.augment)))
+        for name in ("out", "data_dir"):
+            if not isinstance(getattr(c, name), (str, type(None))):
+                raise TypeError(expected(name, "a path", repr(getattr(c, name))))
+        for name in ("epochs", "batch_size", "threads"):
+            check_int(name, getattr(c, name), low=1)
+        for name in ("seed", "coarse_steps"):
+            if getattr(c, name) is not None:
+                check_int(name, getattr(c, name), low=0)
+        for name in ("lr", "lam", "momentum", "weight_decay", "checkpoint_minutes"):
+            if getattr(c, name) is not None:
+                check_real(name, getattr(c, name), low=0)
+        check_real("delta", c.delta, low=0, strict=True)
+        if check_real("validation", c.validation, low=0) >= 1:
+            raise ValueError(expected("validation", "a fraction below 1", c.validation))
+        if c.init_density is not None:
+            check_real("init_density", c.init_density, low=0, strict=True, high=1)
+        if c.target_sparsity is not None:
+            if check_real("target_sparsity", c.target_sparsity, low=0, strict=True) >= 1:
+                raise ValueError(expected("target_sparsity", "a number below 1", c.target_sparsity))
+            if not hasattr(sb, "LambdaScheduler"):
+                raise ValueError(expected("target_sparsity", "a sparsebreg with LambdaScheduler", sb.__version__))
+        return c
+
+    def arguments(self) -> list[str]:
+        """The words of ``sparsebreg train`` that give this configuration."""
+        words = []
+        for name, value in asdict(self).items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            elif value is not None:
+                words += [f"--{flag}", str(value)]
+        return words
+
+    def same_run(self, other: dict[str, Any]) -> str | None:
+        """The first option, spelled out, in which a saved run is another one; None where it is the same."""
+        for name, value in asdict(self).items():
+            if name not in FREE and other.get(name) != value:
+                return expected(name, f"{other.get(name)}, as in that run", value)
+        return None
+
+    def save(self, path: Path) -> None:
+        """Writes a TOML file that :func:`read_toml` takes; options without a value are left out."""
+        import tomli_w
+
+        write(path, tomli_w.dumps({k: v for k, v in asdict(self).items() if v is not None}))
+
+
+def read_toml(path: str | Path, more: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The options in a TOML file, ``coarse-steps`` or ``coarse_steps`` alike.
+
+    Args:
+        more: keys taken besides the names of :class:`Config`.
+
+    Raises:
+        ValueError: for a file that cannot be read or an unknown option.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        with open(path, "rb") as file:
+            options = {k.replace("-", "_"): v for k, v in tomllib.load(file).items()}
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(expected("config", "a readable TOML file", f"{path}: {error}")) from error
+    known = [*(f.name for f in fields(Config)), *more]
+    for name in options:
+        check_choice(f"config: option in {path}", name, known)
+    return options

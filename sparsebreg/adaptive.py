@@ -30,21 +30,22 @@ _SAMPLE = 1 << 16
 class LambdaScheduler:
     """Moves λ until the sparsity of linear and convolution layers is the target.
 
-    Call :meth:`step` after every step of the :class:`sparsebreg.Multilevel` or the optimizer. With d the density and d*
-    the target's, every change is
+    Call :meth:`step` after every step of the :class:`sparsebreg.Multilevel` or the optimizer. With d the density and
+    d* the target's, every change is
 
         λ ← λ · exp(η · clip((d − d*) / d*, −1, 1)),
 
-    where η is halved each time the gap changes sign and grows by a fifth otherwise, between 0.02 and 1. With
-    :class:`sparsebreg.L1`, λ moves at most to where exactly the target's fraction of \\|v\\| lies above it. λ stays while
-    the gap is below ``tolerance``. In a multilevel cycle sparsity is measured after a fine step, on the frozen pattern,
-    and λ moves at the thaw, before the next fine step: between them it has no effect on the pattern.
+    where η is halved each time the gap changes sign and grows by a fifth otherwise, between 0.05 and 1. λ stays while
+    the gap is within ``tolerance``. With :class:`sparsebreg.L1`, a change of more than 5 % goes no further than to the
+    quantile of the dual variable's size that is the target. In a multilevel cycle sparsity is measured after a fine
+    step, on the frozen pattern, and λ moves at the thaw, before the next fine step: in between it would not change the
+    pattern.
 
     When λ moves, the dual variable has to follow, since θ = prox(δ v). ``on_change`` says how:
 
-    - "shift": no weight that stays active moves: v = θ/δ + ∂J(θ) for the new J, for L1 v moves by the change of λ. Active
-      weights that the new J would set to zero, the smallest, fall asleep, with their v as it is. Inactive v is clipped
-      to the new bound, so nothing wakes because of the change, but may at the next step.
+    - "shift": no weight that stays active moves: v = θ/δ + ∂J(θ) for the new J; for L1, v moves by the change of λ.
+      Active weights that the new J would set to zero, the smallest, fall asleep with their v. Inactive v is clipped to
+      the new bound: nothing wakes because of the change, but may at the next step.
     - "keep": v stays. All active weights move by the change of λ, and weights wake and fall asleep accordingly.
     - "rescale": as "keep" for active weights; inactive v is scaled with λ, so nothing wakes because of the change.
 
@@ -53,8 +54,8 @@ class LambdaScheduler:
 
     Args:
         target: the Multilevel, or a Bregman optimizer; not frozen.
-        target_sparsity: zeros as a fraction of all weights of linear and convolution layers (with an optimizer alone: of
-            all regularised ones), in (0, 1).
+        target_sparsity: zeros as a fraction of all weights of linear and convolution layers (with an optimizer alone:
+            of all regularised ones), in (0, 1).
         per_layer: every regularised layer has a λ of its own and reaches the target by itself. Parameter groups are
             split for this, so make the scheduler before those of the learning rate.
         ramp: the target itself moves from the present sparsity, "linear" or "cubic" (Zhu, Gupta, arXiv 1710.01878).
@@ -118,9 +119,7 @@ class LambdaScheduler:
         if self.per_layer:
             self._split()
         #: Parameters by their place in the optimizer, which the swaps leave alone: (group, position), name, size.
-        self._places = [
-            (i, j) for i, g in enumerate(groups) if g["reg"].sparse for j in range(len(g["params"]))
-        ]
+        self._places = [(i, j) for i, g in enumerate(groups) if g["reg"].sparse for j in range(len(g["params"]))]
         names = {id(p): n for n, p in self.cycle.model.named_parameters()} if self.cycle else {}
         params = [groups[i]["params"][j] for i, j in self._places]
         self._names = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,12 +15,25 @@ from sparsebreg.pattern import SparsePattern
 
 __all__ = ["Geometry", "sparse_conv2d", "sparse_linear"]
 
+# Sparse products are no torch operations, so they tell torch's FLOP counter what they do; the formula is in flops.py.
+_library = torch.library.Library("sparsebreg", "DEF")
+_library.define("count_flops(int flops) -> ()")
+_library.impl("count_flops", lambda flops: None, "CompositeExplicitAutograd")
+
+
+def _count(backend: Any, products: int, pattern: SparsePattern, positions: int) -> None:
+    """Tells that every active weight was multiplied at so many positions in each of ``products`` products."""
+    # Without a mode nobody is counting; the reference is made of dense operations, which are counted as such.
+    if torch._C._len_torch_dispatch_stack() and backend.name != "reference":
+        torch.ops.sparsebreg.count_flops(2 * products * pattern.nnz * positions)
+
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, values, bias, pattern, backend):
         ctx.pattern, ctx.backend = pattern, backend
         ctx.save_for_backward(x if values.requires_grad else None, values)
+        _count(backend, 1, pattern, len(x))
         return backend.linear_forward(pattern, x, values, bias)
 
     @staticmethod
@@ -27,6 +41,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_y):
         x, values = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
+        _count(ctx.backend, needs[0] + needs[1], ctx.pattern, len(grad_y))
         grads = ctx.backend.linear_backward(ctx.pattern, grad_y.contiguous(), x, values, needs)
         return *grads, None, None
 
@@ -36,13 +51,16 @@ class _Conv2d(torch.autograd.Function):
     def forward(ctx: Any, x, values, bias, pattern, geometry, channels_last, backend):
         ctx.pattern, ctx.geometry, ctx.backend, ctx.x_shape = pattern, geometry, backend, x.shape
         ctx.save_for_backward(x if values.requires_grad else None, values)
-        return backend.conv2d_forward(pattern, x, values, bias, geometry, channels_last)
+        y = backend.conv2d_forward(pattern, x, values, bias, geometry, channels_last)
+        _count(backend, 1, pattern, math.prod((len(y), *y.shape[2:])))
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y):
         x, values = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
+        _count(ctx.backend, needs[0] + needs[1], ctx.pattern, math.prod((len(grad_y), *grad_y.shape[2:])))
         grads = ctx.backend.conv2d_backward(
             ctx.pattern, _dense_format(grad_y), x, values, ctx.geometry, ctx.x_shape, needs
         )

@@ -13,6 +13,7 @@ from sparsebreg.multilevel import Multilevel
 from sparsebreg.optim import AdaBreg, LinBreg, ProxSGD, param_groups
 from sparsebreg.pattern import SparsePattern
 from sparsebreg.regularizers import L1, GroupL2, L1GroupL2, L1NonNegative, NoReg, NuclearNorm
+from sparsebreg.schedules import LinearCoarse, PlateauCoarse
 
 __all__ = [
     "L1",
@@ -27,9 +28,11 @@ __all__ = [
     "L1NonNegative",
     "LambdaScheduler",
     "LinBreg",
+    "LinearCoarse",
     "Multilevel",
     "NoReg",
     "NuclearNorm",
+    "PlateauCoarse",
     "ProxSGD",
     "Prune",
     "RigL",

@@ -23,6 +23,9 @@ ON_CHANGE = ("shift", "keep", "rescale")
 #: The step in log λ: halved when the gap changes sign, longer again while it does not, within these bounds.
 _DECAY, _GROWTH, _LEAST, _MOST = 0.5, 1.2, 0.05, 1.0
 
+#: λ stays above it, from where no factor could lead back.
+_FLOOR = 1e-30
+
 #: Weights that a quantile looks at; more are sampled.
 _SAMPLE = 1 << 16
 
@@ -157,17 +160,40 @@ class LambdaScheduler:
             if self._counted is None:
                 self._counted = self._count()
             return
+        counts, self._counted = self._counted, None
         if self._steps - self._moved < self.every:
             return
         self._moved = self._steps
-        counts = self._count() if self._counted is None else self._counted
-        self._counted = None
+        counts = self._count() if counts is None else counts
         sparsities = self._sparsities(counts)
         self._notice(counts)
         for k, (sparsity, goal) in enumerate(zip(sparsities, self.goals(), strict=True)):
             ratio = self._ratio(k, 1 - sparsity, 1 - goal)
             if ratio != 1:
                 self._move(self._units[k], ratio)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data; loads with ``torch.load(weights_only=True)``. λ itself is in the optimizer's state."""
+        return {
+            "gains": list(self._gains),
+            "signs": list(self._signs),
+            "counted": self._counted,
+            "steps": self._steps,
+            "moved": self._moved,
+            "from": list(self._from),
+            "warned": sorted(self._warned),
+            "dead": list(self.dead),
+            "sparsity": self.sparsity,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads beside the optimizer's state, in any order. Raises ValueError for that of another model."""
+        if len(state["gains"]) != len(self._units):
+            raise ValueError(expected("gains", f"{len(self._units)} numbers", len(state["gains"])))
+        self._gains, self._signs = list(state["gains"]), list(state["signs"])
+        self._counted, self._from = state["counted"], list(state["from"])
+        self._steps, self._moved = state["steps"], state["moved"]
+        self._warned, self.dead, self.sparsity = set(state["warned"]), list(state["dead"]), state["sparsity"]
 
     def _frozen(self) -> bool:
         if self.cycle is not None:
@@ -257,6 +283,7 @@ class LambdaScheduler:
         rank = len(values) - int(max(0.0, goal) * len(values))
         return float(values.kthvalue(min(len(values), max(1, rank))).values) if len(values) else None
 
+    @torch.no_grad()
     def _move(self, unit: list[int], ratio: float) -> None:
         moved = set()
         for k in unit:
@@ -264,7 +291,7 @@ class LambdaScheduler:
             group = self.optimizer.param_groups[i]
             if i not in moved:
                 moved.add(i)
-                group["reg"] = group["reg"].with_lam(group["reg"].lam * ratio)
+                group["reg"] = group["reg"].with_lam(max(_FLOOR, group["reg"].lam * ratio))
             p = group["params"][j]
             state = self.optimizer.state.get(p, {})
             if "dual" in state:  # else there is no v (ProxSGD), or not yet

@@ -23,6 +23,9 @@ ON_CHANGE = ("shift", "keep", "rescale")
 #: The step in log λ: halved when the gap changes sign, longer again while it does not, within these bounds.
 _DECAY, _GROWTH, _LEAST, _MOST = 0.5, 1.2, 0.05, 1.0
 
+#: A step η up to this is not checked against the quantile, which only v at the thaw knows.
+_FREE = 0.25
+
 #: λ stays above it, from where no factor could lead back.
 _FLOOR = 1e-30
 
@@ -39,16 +42,19 @@ class LambdaScheduler:
         λ ← λ · exp(η · clip((d − d*) / d*, −1, 1)),
 
     where η is halved each time the gap changes sign and grows by a fifth otherwise, between 0.05 and 1. λ stays while
-    the gap is within ``tolerance``. With :class:`sparsebreg.L1`, a change of more than 5 % goes no further than to the
-    quantile of the dual variable's size that is the target. In a multilevel cycle sparsity is measured after a fine
-    step, on the frozen pattern, and λ moves at the thaw, before the next fine step: in between it would not change the
-    pattern.
+    the gap is within ``tolerance``. With :class:`sparsebreg.L1`, steps with η above 1/4 go no further than to the
+    quantile of the sizes of v at which the density would be the target's. In a multilevel cycle sparsity is measured
+    after a fine step, on the frozen pattern, and λ moves at the thaw, before the next fine step: in between it would
+    not change the pattern.
+
+    A λ far too large on a model that has the target sparsity from the start is not noticed: its pattern just stays. And
+    the controller does not keep training stable: where weights that wake make it diverge, take a smaller learning rate.
 
     When λ moves, the dual variable has to follow, since θ = prox(δ v). ``on_change`` says how:
 
     - "shift": no weight that stays active moves: v = θ/δ + ∂J(θ) for the new J; for L1, v moves by the change of λ.
       Active weights that the new J would set to zero, the smallest, fall asleep with their v. Inactive v is clipped to
-      the new bound: nothing wakes because of the change, but may at the next step.
+      the new bound (scaled with λ, for group norms): nothing wakes because of the change, but may at the next step.
     - "keep": v stays. All active weights move by the change of λ, and weights wake and fall asleep accordingly.
     - "rescale": as "keep" for active weights; inactive v is scaled with λ, so nothing wakes because of the change.
 
@@ -258,7 +264,7 @@ class LambdaScheduler:
         bound = self._exact(self._units[k], goal)
         if bound is None:
             return ratio
-        least = math.exp(min(_LEAST, self._gains[k]) * gap)
+        least = math.exp(min(_FREE, self._gains[k]) * gap)
         return min(ratio, max(least, bound)) if gap > 0 else max(ratio, min(least, bound))
 
     def _exact(self, unit: list[int], goal: float) -> float | None:
@@ -304,8 +310,8 @@ class LambdaScheduler:
             dual.copy_(torch.where(p == 0, dual * ratio, dual))
         weight = reg.prox(dual * delta, delta)
         if self.on_change == "shift":
-            beyond = weight / delta
+            # What the prox would wake is held below the bound: clipped, or scaled where groups make that a joint one.
+            held = dual - weight / delta if isinstance(reg, L1) else dual * min(1.0, ratio)
             weight = torch.where(weight != 0, p, 0)
-            # Awake: θ as it was. Asleep: v without what is beyond the bound (Moreau), so θ stays 0.
-            dual.copy_(torch.where(weight != 0, weight / delta + reg.subgradient(weight), dual - beyond))
+            dual.copy_(torch.where(weight != 0, weight / delta + reg.subgradient(weight), held))
         p.copy_(weight)

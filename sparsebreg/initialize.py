@@ -121,7 +121,11 @@ def sparse_init_(
     densities = layer_densities(model, density, distribution, filter_fn)
     check_choice("groups", groups, GROUPS)
     if isinstance(gain, str):
-        gain = nn.init.calculate_gain(gain)
+        try:
+            gain = nn.init.calculate_gain(gain)
+        except ValueError as error:
+            wanted = "a number or a name that torch.nn.init.calculate_gain knows"
+            raise ValueError(expected("gain", wanted, repr(gain))) from error
     elif gain is not None:
         gain = check_real("gain", gain, low=0, strict=True)
     for name, d in densities.items():

@@ -57,10 +57,9 @@ def sparsity(model):
 
 
 @pytest.mark.parametrize("lam", [1.0, 1e-4], ids=["too_large", "too_small"])
-@pytest.mark.parametrize("target", [0.8, 0.9, 0.95])
 @pytest.mark.parametrize(
-    ("kind", "coarse_steps"),
-    [("linbreg", None), ("adabreg", None), ("linbreg", 9), ("linbreg", 29), ("adabreg", 9)],
+    ("kind", "coarse_steps", "target"),
+    [("linbreg", None, 0.95), ("adabreg", None, 0.8), ("linbreg", 9, 0.8), ("linbreg", 29, 0.9), ("adabreg", 9, 0.9)],
     ids=["linbreg", "adabreg", "ml-linbreg-9", "ml-linbreg-29", "ml-adabreg-9"],
 )
 def test_reaches_the_target(kind, coarse_steps, target, lam, one_thread):
@@ -69,7 +68,7 @@ def test_reaches_the_target(kind, coarse_steps, target, lam, one_thread):
     loss = run(model, *rest, 900)
     assert abs(sparsity(model) - target) < 0.01
     assert rest[-1].sparsity == pytest.approx(sparsity(model), abs=0.01)
-    assert loss < 2.0  # it learns meanwhile: ln 10 = 2.3
+    assert loss < 2.1  # it learns meanwhile: ln 10 = 2.3
 
 
 @pytest.mark.parametrize("coarse_steps", [None, 9])
@@ -113,7 +112,7 @@ def test_weights_follow(on_change, reg, ratio):
     group["delta"] = delta
     weights = group["params"]
     for p in weights:
-        v = torch.randn_like(p) * lam * 2
+        v = torch.randn_like(p) * lam * 3 * torch.rand(len(p), 1)  # groups large and small
         optimizer.state[p]["dual"] = v
         p.data = group["reg"].prox(delta * v, delta)
     before = [(p.detach().clone(), optimizer.state[p]["dual"].clone()) for p in weights]

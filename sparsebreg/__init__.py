@@ -3,29 +3,39 @@
 from sparsebreg import flops, memory, models, nn
 from sparsebreg._info import Info, info
 from sparsebreg._version import __version__
+from sparsebreg.adaptive import LambdaScheduler
 from sparsebreg.backends import set_backend, use_backend
 from sparsebreg.convert import SparsifyConfig, SwapReport, densify_, sparsify_
+from sparsebreg.dynamic import SET, GradualPruning, Prune, RigL
 from sparsebreg.errors import BackendError, DataError, SparsebregError, SwapError
-from sparsebreg.initialize import sparse_init_
+from sparsebreg.initialize import erk_densities, sparse_init_, uniform_densities
 from sparsebreg.multilevel import Multilevel
 from sparsebreg.optim import AdaBreg, LinBreg, ProxSGD, param_groups
 from sparsebreg.pattern import SparsePattern
 from sparsebreg.regularizers import L1, GroupL2, L1GroupL2, L1NonNegative, NoReg, NuclearNorm
+from sparsebreg.schedules import LinearCoarse, PlateauCoarse
 
 __all__ = [
     "L1",
+    "SET",
     "AdaBreg",
     "BackendError",
     "DataError",
+    "GradualPruning",
     "GroupL2",
     "Info",
     "L1GroupL2",
     "L1NonNegative",
+    "LambdaScheduler",
     "LinBreg",
+    "LinearCoarse",
     "Multilevel",
     "NoReg",
     "NuclearNorm",
+    "PlateauCoarse",
     "ProxSGD",
+    "Prune",
+    "RigL",
     "SparsePattern",
     "SparsebregError",
     "SparsifyConfig",
@@ -33,6 +43,7 @@ __all__ = [
     "SwapReport",
     "__version__",
     "densify_",
+    "erk_densities",
     "flops",
     "info",
     "memory",
@@ -42,5 +53,6 @@ __all__ = [
     "set_backend",
     "sparse_init_",
     "sparsify_",
+    "uniform_densities",
     "use_backend",
 ]

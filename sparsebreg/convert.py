@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,11 +153,32 @@ class Plan:
     able: list[str] = field(default_factory=list)  # layers that would be swapped if they were sparse enough
 
 
+def _check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, REGULARISED)}
+    for name, mask in masks.items():
+        if name not in layers:
+            raise ValueError(expected("masks", "names of linear and convolution layers", repr(name)))
+        weight = layers[name].weight
+        if not isinstance(mask, torch.Tensor) or mask.dtype is not torch.bool:
+            got = getattr(mask, "dtype", type(mask).__name__)
+            raise TypeError(expected(f"masks['{name}']", "a boolean tensor", got))
+        if mask.shape != weight.shape:
+            raise ValueError(expected(f"masks['{name}']", f"shape {tuple(weight.shape)}", tuple(mask.shape)))
+        if outside := int(weight.detach()[~mask].count_nonzero()):
+            raise ValueError(expected(f"masks['{name}']", "zero weights outside of it", f"{outside} others"))
+
+
 def plan_freeze(
-    model: nn.Module, config: SparsifyConfig, filter_fn: Filter | None, optimizer: torch.optim.Optimizer | None
+    model: nn.Module,
+    config: SparsifyConfig,
+    filter_fn: Filter | None,
+    optimizer: torch.optim.Optimizer | None,
+    masks: Mapping[str, torch.Tensor] | None = None,
 ) -> Plan:
     """Decides, and changes nothing. Raises SwapError where a swap is not possible."""
     _check_model(model)
+    masks = masks or {}
+    _check_masks(model, masks)
     if sparse_layers(model):
         raise SwapError(
             expected("model", "dense layers only", "a model that already has sparse layers (densify_ first)")
@@ -177,7 +198,9 @@ def plan_freeze(
             plan.report.layers.append(LayerReport(name, kind(module), (), 0, "dense", "not initialised yet"))
             continue
         reason = unsupported(module)
-        pattern = SparsePattern.from_nonzeros(weight) if weight.device.type == "cpu" else None
+        pattern = None
+        if weight.device.type == "cpu":
+            pattern = SparsePattern.from_mask(masks[name]) if name in masks else SparsePattern.from_nonzeros(weight)
         nnz = pattern.nnz if pattern is not None else weight.numel()
         sparsity = 1 - nnz / max(1, weight.numel())
         group = groups.get(id(weight))
@@ -211,7 +234,9 @@ def plan_freeze(
         for name, p in model.named_parameters():
             group = groups.get(id(p))
             if group is not None and group["reg"].sparse and id(p) not in taken:
-                plan.masks[name] = p.detach() != 0
+                layer, _, what = name.rpartition(".")
+                mask = masks.get(layer) if what == "weight" else None
+                plan.masks[name] = p.detach() != 0 if mask is None else mask.clone()
     return plan
 
 
@@ -241,6 +266,7 @@ def sparsify_(
     config: SparsifyConfig | None = None,
     filter_fn: Filter | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    masks: Mapping[str, torch.Tensor] | None = None,
 ) -> SwapReport:
     """Freezes the pattern of nonzero weights: layers that are sparse enough become sparse layers, in place.
 
@@ -253,15 +279,18 @@ def sparsify_(
         config: which layers; default: ``SparsifyConfig()``.
         filter_fn: called with (module, qualified name); layers for which it is false stay dense.
         optimizer: the optimizer that trains the model, if there is one.
+        masks: boolean, of the weight's shape, by layer name: the pattern of these layers, where active weights may be
+            zero. Weights outside of a mask have to be zero.
 
     Returns:
         A report, layer by layer.
 
     Raises:
+        TypeError, ValueError: for a mask that does not fit.
         SwapError: for a wrapped or already swapped model, or an optimizer that does not hold a weight to be swapped.
         Nothing is changed then.
     """
-    plan = plan_freeze(model, config or SparsifyConfig(), filter_fn, optimizer)
+    plan = plan_freeze(model, config or SparsifyConfig(), filter_fn, optimizer, masks)
     carry_out(model, plan, optimizer)
     return plan.report
 

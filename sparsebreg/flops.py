@@ -1,16 +1,28 @@
-"""Floating-point operations of a training step, as the literature counts them."""
+"""Floating-point operations of a training step, as the literature counts them.
+
+``torch.utils.flop_counter.FlopCounterMode`` counts sparse layers too, forward and backward: a product costs 2 · nnz ·
+positions, with as many positions as samples (linear) or output pixels (convolution). The reference backend computes
+densely, and is counted so.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from sparsebreg import functional  # noqa: F401  defines the operation that is counted
 from sparsebreg.convert import dense_copy, iter_weights
-from sparsebreg.errors import expected
+from sparsebreg.errors import check_choice, check_int, expected
+
+
+@register_flop_formula(torch.ops.sparsebreg.count_flops)
+def _told(flops: int, *args: Any, **kwargs: Any) -> int:
+    return flops
 
 
 @dataclass(frozen=True)
@@ -74,3 +86,61 @@ def step_flops(layers: dict[str, float], model: nn.Module) -> StepFlops:
     """As :func:`per_step`, from counts that :func:`per_layer` returned before."""
     density = {n: active / max(1, total) for n, active, total in iter_weights(model)}
     return StepFlops(sum(layers.values()), sum(f * density[n] for n, f in layers.items()))
+
+
+class TrainingFlops:
+    """FLOPs of a training run so far, from the density at every step, and as a fraction of SGD's.
+
+    Call :meth:`step` for every training step, before it changes the pattern::
+
+        counted = sb.flops.TrainingFlops(model, (1, 1, 28, 28))
+        for x, y in loader:
+            loss(model(x), y).backward()
+            counted.step(ml.phase, samples=len(x))
+            ml.step()
+        counted.fraction_of_sgd
+
+    Args:
+        model: dense or swapped.
+        input_shape: of a whole batch, (N, ...); costs are divided by N.
+
+    Attributes:
+        total, sgd: FLOPs of the steps so far, and of as many steps of SGD on dense layers.
+    """
+
+    def __init__(self, model: nn.Module, input_shape: Sequence[int]) -> None:
+        samples = max(1, next(iter(input_shape)))
+        self.model = model
+        self._layers = {n: f / samples for n, f in per_layer(model, input_shape).items()}
+        self._frozen: StepFlops | None = None
+        self.total = self.sgd = 0.0
+
+    def step(self, phase: str = "fine", samples: int = 1) -> None:
+        """Adds a step.
+
+        Args:
+            phase: "coarse": 3 f_S; "fine": 2 f_S + f_D, as of LinBreg, which needs the gradient of all weights;
+                "dense": 3 f_D, as of SGD, or of a fine step that is computed on dense layers.
+            samples: of the batch.
+        """
+        check_choice("phase", phase, ("coarse", "fine", "dense"))
+        check_int("samples", samples, low=0)
+        if phase != "coarse" or self._frozen is None:
+            self._frozen = step_flops(self._layers, self.model)
+        count = self._frozen
+        if phase != "coarse":
+            self._frozen = None  # the pattern may change in this step
+        cost = {"coarse": count.coarse, "fine": count.fine, "dense": count.sgd}[phase]
+        self.total += samples * cost
+        self.sgd += samples * count.sgd
+
+    @property
+    def fraction_of_sgd(self) -> float:
+        """0 before the first step."""
+        return self.total / self.sgd if self.sgd else 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"total": self.total, "sgd": self.sgd}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.total, self.sgd, self._frozen = float(state["total"]), float(state["sgd"]), None

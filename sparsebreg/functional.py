@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,18 @@ from sparsebreg.lanes import LANES, LaneTensor
 from sparsebreg.pattern import SparsePattern
 
 __all__ = ["Geometry", "sparse_conv2d", "sparse_linear"]
+
+# Sparse products are no torch operations, so they tell torch's FLOP counter what they do; the formula is in flops.py.
+_library = torch.library.Library("sparsebreg", "DEF")
+_library.define("count_flops(int flops) -> ()")
+_library.impl("count_flops", lambda flops: None, "CompositeExplicitAutograd")
+
+
+def _count(backend: Any, products: int, pattern: SparsePattern, positions: int) -> None:
+    """Tells that every active weight was multiplied at so many positions in each of ``products`` products."""
+    # Without a mode nobody is counting; the reference is made of dense operations, which are counted as such.
+    if torch._C._len_torch_dispatch_stack() and backend.name != "reference":
+        torch.ops.sparsebreg.count_flops(2 * products * pattern.nnz * positions)
 
 
 def _readable(x: torch.Tensor | None, backend: backends.Backend) -> torch.Tensor | None:
@@ -35,6 +48,7 @@ class _Linear(torch.autograd.Function):
         x = _readable(x, backend)
         wanted = any(w is not None and w.requires_grad for w in (values, weight))
         ctx.save_for_backward(x if wanted else None, values)
+        _count(backend, 1, pattern, len(x))
         return backend.linear_forward(pattern, x, values, bias)
 
     @staticmethod
@@ -43,6 +57,7 @@ class _Linear(torch.autograd.Function):
         x, values = ctx.saved_tensors
         *needs, needs_weight = ctx.needs_input_grad[:4]
         grad_y = _readable(grad_y, ctx.backend).contiguous()
+        _count(ctx.backend, needs[0] + needs[1], ctx.pattern, len(grad_y))
         grads = ctx.backend.linear_backward(ctx.pattern, grad_y, x, values, needs)
         grad_weight = _plain(grad_y).t() @ _plain(x) if needs_weight else None
         return *grads, grad_weight, None, None
@@ -55,7 +70,9 @@ class _Conv2d(torch.autograd.Function):
         x = _readable(x, backend)
         wanted = any(w is not None and w.requires_grad for w in (values, weight))
         ctx.save_for_backward(x if wanted else None, values)
-        return backend.conv2d_forward(pattern, x, values, bias, geometry, layout)
+        y = backend.conv2d_forward(pattern, x, values, bias, geometry, layout)
+        _count(backend, 1, pattern, math.prod((len(y), *y.shape[2:])))
+        return y
 
     @staticmethod
     @once_differentiable
@@ -64,6 +81,7 @@ class _Conv2d(torch.autograd.Function):
         *needs, needs_weight = ctx.needs_input_grad[:4]
         pattern, geometry = ctx.pattern, ctx.geometry
         grad_y = _dense_format(_readable(grad_y, ctx.backend))
+        _count(ctx.backend, needs[0] + needs[1], pattern, math.prod((len(grad_y), *grad_y.shape[2:])))
         grads = ctx.backend.conv2d_backward(pattern, grad_y, x, values, geometry, ctx.x_shape, needs)
         grad_weight = None
         if needs_weight:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparsebreg.convert import Filter, Plan, SparsifyConfig, SwapReport, carry_out, plan_freeze, sparse_layers, thaw
@@ -15,6 +16,7 @@ from sparsebreg.errors import SwapError, check_choice, check_int, expected
 from sparsebreg.nn import to_fine, to_plain
 from sparsebreg.optim.base import BregmanOptimizer
 from sparsebreg.pattern import SparsePattern
+from sparsebreg.schedules import PlateauCoarse
 
 PHASES = ("fine", "coarse")
 
@@ -29,12 +31,17 @@ class Multilevel:
     Args:
         model: the model, dense.
         optimizer: a Bregman optimizer that holds all trainable parameters of the model.
-        coarse_steps: m, coarse steps per fine step; 0: the optimizer alone.
+        coarse_steps: m, coarse steps per fine step; 0: the optimizer alone. Or a schedule: a function of the number of
+            the cycle, such as :class:`sparsebreg.LinearCoarse` or :class:`sparsebreg.PlateauCoarse`.
         config, filter_fn: which layers become sparse; as for :func:`sparsebreg.sparsify_`. The others are frozen all
             the same, as masked dense weights.
+        fine_steps: fine steps in a row in every cycle.
+        warmup: further fine steps before the first cycle.
 
     Attributes:
         phase: "fine" or "coarse": what the next step is.
+        coarse_steps: m of the present cycle.
+        cycles: cycles begun so far, that is, with their fine steps done.
         coarse_done: coarse steps since the freeze.
         report: what the latest freeze did, or None.
 
@@ -47,11 +54,17 @@ class Multilevel:
         self,
         model: nn.Module,
         optimizer: BregmanOptimizer,
-        coarse_steps: int = 99,
+        coarse_steps: int | Callable[[int], int] = 99,
         config: SparsifyConfig | None = None,
         filter_fn: Filter | None = None,
+        fine_steps: int = 1,
+        warmup: int = 0,
     ) -> None:
-        self.coarse_steps = check_int("coarse_steps", coarse_steps, low=0)
+        self.schedule = coarse_steps if callable(coarse_steps) else None
+        self.cycles = 0
+        self.coarse_steps = self._steps_of_cycle() if self.schedule else check_int("coarse_steps", coarse_steps, low=0)
+        self.fine_steps = check_int("fine_steps", fine_steps, low=1)
+        self.fine_done = -check_int("warmup", warmup, low=0)
         if not isinstance(optimizer, BregmanOptimizer):
             raise TypeError(expected("optimizer", "a Bregman optimizer such as LinBreg", type(optimizer).__name__))
         self.model, self.optimizer = model, optimizer
@@ -73,20 +86,42 @@ class Multilevel:
         self._masks: dict[str, Any] = {}
         self._enter_fine()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, loss: Any = None) -> Any:
         """One step of the optimizer, and the phase change where one is due. Returns what ``closure`` returned.
 
         Gradients do not survive a phase change; call ``zero_grad`` before every backward pass as usual.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+            loss: that of this step, for schedules that look at it, if there is no closure.
         """
-        loss = self.optimizer.step(closure)
+        plateau = self.schedule if isinstance(self.schedule, PlateauCoarse) and self.phase == "coarse" else None
+        if plateau and closure is None and loss is None:
+            raise ValueError(expected("loss", "the loss of the step, or a closure, for PlateauCoarse", None))
+        result = self.optimizer.step(closure)
         if self.phase == "fine":
-            if self.coarse_steps:
-                self.freeze()
+            self.fine_done += 1
+            if self.fine_done >= self.fine_steps:
+                self._begin()
         else:
             self.coarse_done += 1
-            if self.coarse_done >= self.coarse_steps:
+            value = result if loss is None else loss
+            stalled = plateau is not None and plateau.stalled(float(torch.as_tensor(value).detach()))
+            if stalled or self.coarse_done >= self.coarse_steps:
                 self._enter_fine()
-        return loss
+        return result
+
+    def _begin(self) -> None:
+        """The coarse part of a cycle begins, if it has any."""
+        if self.schedule:
+            self.coarse_steps = self._steps_of_cycle()
+        self.cycles += 1
+        self.fine_done = 0
+        if self.coarse_steps:
+            self.freeze()
+
+    def _steps_of_cycle(self) -> int:
+        return check_int("coarse_steps", self.schedule(self.cycles), low=0)  # type: ignore[misc]
 
     def freeze(self) -> SwapReport:
         """Freezes the current pattern; the next step is a coarse one. Raises SwapError if it is frozen already."""
@@ -126,6 +161,9 @@ class Multilevel:
             "coarse_steps": self.coarse_steps,
             "phase": self.phase,
             "coarse_done": self.coarse_done,
+            "fine_done": self.fine_done,
+            "cycles": self.cycles,
+            "schedule": self.schedule.state_dict() if isinstance(self.schedule, PlateauCoarse) else {},
             "patterns": {n: p.state_dict() for n, p in self._patterns.items()},
             "masks": dict(self._masks),
         }
@@ -141,6 +179,7 @@ class Multilevel:
         phase = check_choice("phase", state["phase"], PHASES)
         coarse_steps = check_int("coarse_steps", state["coarse_steps"], low=0)
         coarse_done = check_int("coarse_done", state["coarse_done"], low=0)
+        fine_done, cycles = check_int("fine_done", state["fine_done"]), check_int("cycles", state["cycles"], low=0)
         patterns = {n: SparsePattern.from_state_dict(s) for n, s in state["patterns"].items()}
         masks = dict(state["masks"])
         current = sparse_layers(self.model)
@@ -169,6 +208,9 @@ class Multilevel:
         if phase == "coarse":
             self._carry_out(Plan(patterns, {n: m.bool() for n, m in masks.items()}, SwapReport()))
         self.phase, self.coarse_done, self.coarse_steps = phase, coarse_done, coarse_steps
+        self.fine_done, self.cycles = fine_done, cycles
+        if isinstance(self.schedule, PlateauCoarse) and state["schedule"]:
+            self.schedule.load_state_dict(state["schedule"])
 
     def __repr__(self) -> str:
         return f"Multilevel(coarse_steps={self.coarse_steps}, phase={self.phase}, coarse_done={self.coarse_done})"

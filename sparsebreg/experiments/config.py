@@ -98,8 +98,6 @@ class Config:
         if c.target_sparsity is not None:
             if check_real("target_sparsity", c.target_sparsity, low=0, strict=True) >= 1:
                 raise ValueError(expected("target_sparsity", "a number below 1", c.target_sparsity))
-            if not hasattr(sb, "LambdaScheduler"):
-                raise ValueError(expected("target_sparsity", "a sparsebreg with LambdaScheduler", sb.__version__))
         return c
 
     def arguments(self) -> list[str]:

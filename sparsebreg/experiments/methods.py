@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import sparsebreg as sb
+from sparsebreg.optim import BregmanOptimizer
 
 if TYPE_CHECKING:
     from sparsebreg.experiments.config import Config
@@ -58,16 +59,13 @@ class Method:
         defaults: options and their defaults. One that not every method has is refused for methods without it; None: the
             option is taken and has no default.
         for_model: what a model needs otherwise.
+        bregman: whether a target sparsity is reached by adapting λ.
     """
 
     build: Build
     defaults: dict[str, Any]
     for_model: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def bregman(self) -> bool:
-        """Whether λ can be adapted to a target sparsity."""
-        return "target_sparsity" in self.defaults
+    bregman: bool = False
 
 
 def _sgd(model: nn.Module, c: Config, steps: int) -> tuple[torch.optim.Optimizer, Cycle]:
@@ -75,34 +73,63 @@ def _sgd(model: nn.Module, c: Config, steps: int) -> tuple[torch.optim.Optimizer
     return optimizer, Plain(optimizer)
 
 
-def _linbreg(model: nn.Module, c: Config, steps: int) -> tuple[torch.optim.Optimizer, Cycle]:
-    sb.sparse_init_(model, density=c.init_density)
-    groups = sb.param_groups(model, sb.L1(c.lam))
-    optimizer = sb.LinBreg(groups, lr=c.lr, momentum=c.momentum, delta=c.delta, weight_decay=c.weight_decay)
-    return optimizer, Plain(optimizer)
+def _bregman(make: Callable[..., BregmanOptimizer], *options: str) -> Build:
+    """A Bregman optimizer with these options besides the common ones. Without ``coarse_steps`` every step is fine."""
+
+    def build(model: nn.Module, c: Config, steps: int) -> tuple[torch.optim.Optimizer, Cycle]:
+        sb.sparse_init_(model, density=c.init_density)
+        taken = {name: getattr(c, name) for name in ("lr", "weight_decay", *options)}
+        optimizer = make(sb.param_groups(model, sb.L1(c.lam)), **taken)
+        return optimizer, sb.Multilevel(model, optimizer, coarse_steps=c.coarse_steps or 0)
+
+    return build
 
 
-def _multilevel(build: Build) -> Build:
-    """The method with the multilevel cycle around its optimizer."""
+def _masked(make: Callable[[nn.Module, torch.optim.Optimizer, float, int], Cycle]) -> Build:
+    """SGD on a pattern that ``make`` moves; called with the density and the number of steps."""
 
-    def multilevel(model: nn.Module, c: Config, steps: int) -> tuple[torch.optim.Optimizer, Cycle]:
-        optimizer, _ = build(model, c, steps)
-        return optimizer, sb.Multilevel(model, optimizer, coarse_steps=c.coarse_steps)
+    def build(model: nn.Module, c: Config, steps: int) -> tuple[torch.optim.Optimizer, Cycle]:
+        optimizer, _ = _sgd(model, c, steps)
+        return optimizer, make(model, optimizer, 1 - c.target_sparsity, steps)
 
-    return multilevel
+    return build
 
 
-_LINBREG = {"momentum": 0.9, "init_density": 0.02, "target_sparsity": None}
+def _rigl(model: nn.Module, optimizer: torch.optim.Optimizer, density: float, steps: int) -> Cycle:
+    return sb.RigL(model, optimizer, density, stop_after=3 * steps // 4)
+
+
+def _set(model: nn.Module, optimizer: torch.optim.Optimizer, density: float, steps: int) -> Cycle:
+    return sb.SET(model, optimizer, density, stop_after=3 * steps // 4)
+
+
+def _prune(model: nn.Module, optimizer: torch.optim.Optimizer, density: float, steps: int) -> Cycle:
+    return sb.Prune(model, optimizer, density, at=max(1, steps // 5))
+
+
+_LINBREG = _bregman(sb.LinBreg, "delta", "momentum")
+_ADABREG = _bregman(sb.AdaBreg, "delta")
+_PROXSGD = _bregman(sb.ProxSGD, "momentum")
+_SPARSE = {"init_density": 0.02, "target_sparsity": None}
+_SGD = {"lr": 0.05, "momentum": 0.9}
+_DYNAMIC = {**_SGD, "target_sparsity": 0.95}
 
 METHODS: dict[str, Method] = {
-    "sgd": Method(_sgd, {"lr": 0.05, "momentum": 0.9}),
-    "linbreg": Method(_linbreg, {**_LINBREG, "lr": 1.0, "lam": 0.05}),
+    "sgd": Method(_sgd, _SGD),
+    "linbreg": Method(_LINBREG, {**_SPARSE, "momentum": 0.9, "lr": 1.0, "lam": 0.05}, bregman=True),
+    "adabreg": Method(_ADABREG, {**_SPARSE, "lr": 1e-3, "lam": 0.02}, bregman=True),
+    "proxsgd": Method(_PROXSGD, {**_SPARSE, **_SGD, "lam": 1e-4, "init_density": 0.2}, bregman=True),
     "ml-linbreg": Method(
-        _multilevel(_linbreg),
-        {**_LINBREG, "lr": 3.0, "lam": 0.06, "coarse_steps": 29},
+        _LINBREG,
+        {**_SPARSE, "momentum": 0.9, "lr": 3.0, "lam": 0.06, "coarse_steps": 29},
         # Convolutions see larger gradients, so the same step is larger for them.
         for_model={"convnet": {"lr": 1.0, "lam": 0.1, "coarse_steps": 9, "init_density": 0.06}},
+        bregman=True,
     ),
+    "ml-adabreg": Method(_ADABREG, {**_SPARSE, "lr": 2e-3, "lam": 0.02, "coarse_steps": 29}, bregman=True),
+    "rigl": Method(_masked(_rigl), _DYNAMIC),
+    "set": Method(_masked(_set), _DYNAMIC),
+    "prune": Method(_masked(_prune), _DYNAMIC),
 }
 
 #: What a data set needs otherwise, where a method takes the option. CIFAR-10: as in arXiv 2602.03535.

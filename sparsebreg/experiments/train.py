@@ -92,7 +92,7 @@ class Run:
         self.steps = config.epochs * len(self.batches)
         self.optimizer, self.cycle = METHODS[config.method].build(self.model, config, self.steps)
         self.lam: Any = None
-        if config.target_sparsity is not None:
+        if config.target_sparsity is not None and METHODS[config.method].bregman:
             steps = self.cycle if isinstance(self.cycle, sb.Multilevel) else self.optimizer
             self.lam = sb.LambdaScheduler(steps, target_sparsity=config.target_sparsity)
         self.schedule = self._schedule(self.optimizer)

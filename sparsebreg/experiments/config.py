@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-import sparsebreg as sb
 from sparsebreg.errors import check_choice, check_int, check_real, expected
 from sparsebreg.experiments.data import DATASETS
 from sparsebreg.experiments.files import write
@@ -95,9 +94,8 @@ class Config:
             raise ValueError(expected("validation", "a fraction below 1", c.validation))
         if c.init_density is not None:
             check_real("init_density", c.init_density, low=0, strict=True, high=1)
-        if c.target_sparsity is not None:
-            if check_real("target_sparsity", c.target_sparsity, low=0, strict=True) >= 1:
-                raise ValueError(expected("target_sparsity", "a number below 1", c.target_sparsity))
+        if c.target_sparsity is not None and check_real("target_sparsity", c.target_sparsity, low=0, strict=True) >= 1:
+            raise ValueError(expected("target_sparsity", "a number below 1", c.target_sparsity))
         return c
 
     def arguments(self) -> list[str]:

@@ -96,11 +96,13 @@ def _masked(make: Callable[[nn.Module, torch.optim.Optimizer, float, int], Cycle
 
 
 def _rigl(model: nn.Module, optimizer: torch.optim.Optimizer, density: float, steps: int) -> Cycle:
-    return sb.RigL(model, optimizer, density, stop_after=3 * steps // 4)
+    sb.sparse_init_(model, density, distribution="erk")
+    return sb.RigL(model, optimizer, None, stop_after=3 * steps // 4)
 
 
 def _set(model: nn.Module, optimizer: torch.optim.Optimizer, density: float, steps: int) -> Cycle:
-    return sb.SET(model, optimizer, density, stop_after=3 * steps // 4)
+    sb.sparse_init_(model, density, distribution="erk")
+    return sb.SET(model, optimizer, None, stop_after=3 * steps // 4)
 
 
 def _prune(model: nn.Module, optimizer: torch.optim.Optimizer, density: float, steps: int) -> Cycle:
@@ -117,7 +119,7 @@ _DYNAMIC = {**_SGD, "target_sparsity": 0.95}
 METHODS: dict[str, Method] = {
     "sgd": Method(_sgd, _SGD),
     "linbreg": Method(_LINBREG, {**_SPARSE, "momentum": 0.9, "lr": 1.0, "lam": 0.05}, bregman=True),
-    "adabreg": Method(_ADABREG, {**_SPARSE, "lr": 1e-3, "lam": 0.02}, bregman=True),
+    "adabreg": Method(_ADABREG, {**_SPARSE, "lr": 2e-3, "lam": 0.02}, bregman=True),
     "proxsgd": Method(_PROXSGD, {**_SPARSE, **_SGD, "lam": 1e-4, "init_density": 0.2}, bregman=True),
     "ml-linbreg": Method(
         _LINBREG,

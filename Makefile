@@ -5,7 +5,7 @@ OUT ?= runs/demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench benchmark lint format clean
+.PHONY: demo test bench bench-networks benchmark lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparsebreg info
@@ -16,6 +16,9 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/table.py
+
+bench-networks: $(VENV)/.bench
+	$(BIN)/python bench/networks.py
 
 benchmark: $(VENV)/.bench
 	$(BIN)/pytest bench --benchmark-group-by=param:layer,param:density --benchmark-columns=median,iqr,rounds

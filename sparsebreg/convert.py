@@ -394,7 +394,9 @@ def _return_state(optimizer: torch.optim.Optimizer, layer: SparseLayer, weight: 
     for key, value in state.items():
         if _follows(value, (pattern.nnz,)):
             out = aside[key].contiguous() if key in aside else None
-            state[key] = pattern.scatter(value, out)
+            dense = pattern.scatter(value, out)
+            # In the order of the weight in memory, so that both can be gone through together.
+            state[key] = dense if weight.is_contiguous() else torch.empty_like(weight).copy_(dense)
     optimizer.state[weight] = state
 
 

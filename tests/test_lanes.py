@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import ISAS
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -13,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 import sparsebreg as sb
 from sparsebreg import _extension, lanes
 from sparsebreg.lanes import LaneTensor
-from tests.conftest import ISAS
 
 pytestmark = pytest.mark.skipif(_extension.native() is None, reason="tests of the native extension")
 

@@ -107,6 +107,24 @@ def test_frozen_phases_equal_masked_dense_ones(name, reg, config):
         assert not cycle.report.sparse
 
 
+@pytest.mark.parametrize("config", [ALWAYS, sb.SparsifyConfig(min_sparsity=1.0)], ids=["sparse", "masked"])
+@pytest.mark.parametrize("reg", [sb.L1(0.02), sb.GroupL2(0.01)], ids=repr)
+@each
+def test_memory_format_of_the_weights_does_not_matter(name, reg, config):
+    weights = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model, loss = make(reg)
+        model.to(memory_format=memory_format)
+        optimizer = build(name, model, reg)
+        ml = sb.Multilevel(model, optimizer, coarse_steps=3, config=config)
+        run(model, optimizer, ml, loss, 14)
+        ml.thaw()
+        weights.append([p.detach() for p in model.parameters()])
+        assert model[0].weight.is_contiguous(memory_format=memory_format)
+    for a, b in zip(*weights, strict=True):
+        close(b, a)
+
+
 @pytest.mark.parametrize("reg", [sb.L1(0.02), sb.L1GroupL2(0.01)], ids=repr)
 @each
 def test_freezing_before_the_first_step(name, reg):

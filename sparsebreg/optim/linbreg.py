@@ -78,10 +78,9 @@ class LinBreg(BregmanOptimizer):
         if beta and "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
         tensors = [p.detach(), p.grad.detach(), state["dual"], state["momentum_buffer"] if beta else None]
-        if not p.is_contiguous() and _is_dense(p):  # channels_last, for one: the same order in memory for all is enough
-            tensors = [
-                t.as_strided((t.numel(),), (1,)) if t is not None and t.stride() == p.stride() else t for t in tensors
-            ]
+        if not p.is_contiguous() and _is_dense(p) and all(t is None or t.stride() == p.stride() for t in tensors):
+            # channels_last, for one: the same order in memory for all is enough
+            tensors = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors]
         if any(
             t is not None and not (t.is_contiguous() and t.device.type == "cpu" and t.dtype is p.dtype) for t in tensors
         ):

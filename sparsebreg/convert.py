@@ -26,6 +26,9 @@ Filter = Callable[[nn.Module, str], bool]
 
 DECISIONS = ("auto", "always")
 
+#: Weights an output channel up to which a convolution is made sparse at any density.
+SMALL = 32
+
 
 @dataclass(frozen=True)
 class SparsifyConfig:
@@ -33,7 +36,9 @@ class SparsifyConfig:
 
     Args:
         min_sparsity: layers with a smaller fraction of zeros stay dense; in [0, 1].
-        decide: "auto" applies ``min_sparsity``; "always" makes every layer that has a sparse form sparse.
+        decide: "auto" applies ``min_sparsity``, except to convolutions of at most 32 weights an output channel (the
+            first one of most networks): a dense one is hardly faster, and its output would have to be converted.
+            "always" makes every layer that has a sparse form sparse.
 
     Raises:
         TypeError, ValueError: naming the option.
@@ -45,6 +50,12 @@ class SparsifyConfig:
     def __post_init__(self) -> None:
         check_real("min_sparsity", self.min_sparsity, low=0, high=1)
         check_choice("decide", self.decide, DECISIONS)
+
+    def least_sparsity(self, module: nn.Module) -> float:
+        """From which sparsity on the layer becomes sparse."""
+        weight = module.weight
+        small = weight.dim() == 4 and len(weight) >= 16 and weight[0].numel() <= SMALL
+        return 0.0 if self.decide == "always" or small else self.min_sparsity
 
 
 @dataclass(frozen=True)
@@ -215,7 +226,8 @@ def plan_freeze(
             reason = "not regularised" if reg is NoReg else f"{reg.__name__} makes no zeros"
         if not reason:
             plan.able.append(name)
-        if not reason and config.decide == "auto" and sparsity < config.min_sparsity:
+        least = config.least_sparsity(module)
+        if not reason and sparsity < least:
             reason = f"sparsity {sparsity:.2%} is below {config.min_sparsity:.2%}"
         if not reason:
             if optimizer is not None and group is None and weight.requires_grad:
@@ -225,9 +237,9 @@ def plan_freeze(
             plan.patterns[name] = pattern
             taken.add(id(weight))
         action = "dense" if reason else "sparse"
-        reason = reason or (
-            "decide='always'" if config.decide == "always" else f"sparsity of at least {config.min_sparsity:.2%}"
-        )
+        if not reason:
+            chosen = "decide='always'" if config.decide == "always" else f"at most {SMALL} weights an output channel"
+            reason = f"sparsity of at least {config.min_sparsity:.2%}" if least else chosen
         empty = (pattern.empty_rows, pattern.empty_channels) if pattern is not None else ()
         plan.report.layers.append(LayerReport(name, kind(module), tuple(weight.shape), nnz, action, reason, *empty))
     if bregman:

@@ -142,9 +142,9 @@ class Multilevel:
             for group in self.optimizer.param_groups:
                 for p in group["params"]:
                     p.grad = None
-        max_density = 1.0 if self.config.decide == "always" else 1 - self.config.min_sparsity
         for name in self._able:
-            to_fine(self.model.get_submodule(name), self._patterns.get(name), max_density)
+            module = self.model.get_submodule(name)
+            to_fine(module, self._patterns.get(name), 1 - self.config.least_sparsity(module))
         self.phase, self.coarse_done = "fine", 0
         self._patterns, self._masks = {}, {}
 

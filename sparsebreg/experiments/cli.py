@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--target-sparsity", type=float, help="adapt λ to this fraction of zeros")
         p.add_argument("--coarse-steps", type=int, help="coarse steps per fine step (ml- methods)")
         p.add_argument("--init-density", type=float, help="density of the sparse start")
+        p.add_argument("--init-distribution", help="of the sparse start over the layers: uniform or erk")
         p.add_argument("--schedule", help=f"of the learning rate: one of {', '.join(SCHEDULES)}")
         p.add_argument("--threads", type=int, help="default: torch's")
         p.add_argument("--memory-format", help=f"of convolutions: one of {', '.join(FORMATS)}; auto: the faster one")

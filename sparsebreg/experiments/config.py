@@ -15,6 +15,7 @@ from sparsebreg.errors import check_choice, check_int, check_real, expected
 from sparsebreg.experiments.data import DATASETS
 from sparsebreg.experiments.files import write
 from sparsebreg.experiments.methods import FOR_DATA, METHODS, special
+from sparsebreg.initialize import DISTRIBUTIONS
 from sparsebreg.models import MODELS
 
 #: Learning-rate schedules: the factor at a fraction of the run.
@@ -54,6 +55,7 @@ class Config:
     target_sparsity: float | None = None
     coarse_steps: int | None = None
     init_density: float | None = None
+    init_distribution: str | None = None
     schedule: str = "cosine"
     seed: int = 0
     threads: int | None = None
@@ -94,6 +96,8 @@ class Config:
             raise ValueError(expected("validation", "a fraction below 1", c.validation))
         if c.init_density is not None:
             check_real("init_density", c.init_density, low=0, strict=True, high=1)
+        if c.init_distribution is not None:
+            check_choice("init_distribution", c.init_distribution, DISTRIBUTIONS)
         if c.target_sparsity is not None and check_real("target_sparsity", c.target_sparsity, low=0, strict=True) >= 1:
             raise ValueError(expected("target_sparsity", "a number below 1", c.target_sparsity))
         return c

@@ -77,7 +77,7 @@ def _bregman(make: Callable[..., BregmanOptimizer], *options: str) -> Build:
     """A Bregman optimizer with these options besides the common ones. Without ``coarse_steps`` every step is fine."""
 
     def build(model: nn.Module, c: Config, steps: int) -> tuple[torch.optim.Optimizer, Cycle]:
-        sb.sparse_init_(model, density=c.init_density)
+        sb.sparse_init_(model, density=c.init_density, distribution=c.init_distribution)
         taken = {name: getattr(c, name) for name in ("lr", "weight_decay", *options)}
         optimizer = make(sb.param_groups(model, sb.L1(c.lam)), **taken)
         return optimizer, sb.Multilevel(model, optimizer, coarse_steps=c.coarse_steps or 0)
@@ -112,7 +112,7 @@ def _prune(model: nn.Module, optimizer: torch.optim.Optimizer, density: float, s
 _LINBREG = _bregman(sb.LinBreg, "delta", "momentum")
 _ADABREG = _bregman(sb.AdaBreg, "delta")
 _PROXSGD = _bregman(sb.ProxSGD, "momentum")
-_SPARSE = {"init_density": 0.02, "target_sparsity": None}
+_SPARSE = {"init_density": 0.02, "init_distribution": "uniform", "target_sparsity": None}
 _SGD = {"lr": 0.05, "momentum": 0.9}
 _DYNAMIC = {**_SGD, "target_sparsity": 0.95}
 

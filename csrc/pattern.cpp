@@ -38,8 +38,15 @@ void fill_columns(const T* dense, int64_t rows, int64_t cols, const int32_t* row
       int any = 0;
       for (int i = 0; i < BLOCK; ++i) any |= d[c + i] != T(0);
       if (!any) continue;
-      for (int i = 0; i < BLOCK; ++i)
-        if (d[c + i] != T(0)) *out++ = int32_t(c + i);
+      if (end - out > BLOCK) {  // room to write without asking: where the nonzeros are is hard to predict
+        for (int i = 0; i < BLOCK; ++i) {
+          *out = int32_t(c + i);
+          out += d[c + i] != T(0);
+        }
+      } else {
+        for (int i = 0; i < BLOCK; ++i)
+          if (d[c + i] != T(0)) *out++ = int32_t(c + i);
+      }
     }
     for (; c < cols && out < end; ++c)
       if (d[c] != T(0)) *out++ = int32_t(c);

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from sparsebreg import backends
+from sparsebreg import backends, memory
 from sparsebreg.backends import Geometry, Layout
 from sparsebreg.errors import check_input, expected
 from sparsebreg.lanes import LANES, LaneTensor
@@ -59,7 +59,10 @@ class _Linear(torch.autograd.Function):
         grad_y = _readable(grad_y, ctx.backend).contiguous()
         _count(ctx.backend, needs[0] + needs[1], ctx.pattern, len(grad_y))
         grads = ctx.backend.linear_backward(ctx.pattern, grad_y, x, values, needs)
-        grad_weight = _plain(grad_y).t() @ _plain(x) if needs_weight else None
+        grad_weight = None
+        if needs_weight:
+            out = memory.empty(ctx.pattern.shape, values.dtype)
+            grad_weight = torch.mm(_plain(grad_y).t(), _plain(x), out=out)
         return *grads, grad_weight, None, None
 
 

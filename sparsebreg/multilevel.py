@@ -151,6 +151,9 @@ class Multilevel:
     def _carry_out(self, plan: Plan) -> None:
         carry_out(self.model, plan, self.optimizer, keep_grads=False)
         self._patterns, self._masks, self.report = plan.patterns, plan.masks, plan.report
+        for name in self._able:
+            if name not in plan.patterns:  # too dense for now
+                to_plain(self.model.get_submodule(name))
 
     def state_dict(self) -> dict[str, Any]:
         """Phase, counters and patterns as plain data; loads with ``torch.load(weights_only=True)``.

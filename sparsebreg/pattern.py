@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparsebreg import memory
 from sparsebreg._extension import native
 from sparsebreg.errors import expected
 
@@ -207,7 +208,7 @@ class SparsePattern:
             raise ValueError(expected("values", f"shape ({self.nnz},)", tuple(values.shape)))
         values = values.detach().contiguous()
         if out is None:
-            out = values.new_zeros(self.shape)
+            out = memory.empty(self.shape, values.dtype).zero_()
         elif tuple(out.shape) != self.shape or not out.is_contiguous() or out.dtype is not values.dtype:
             raise ValueError(
                 expected(

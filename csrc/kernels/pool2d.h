@@ -7,11 +7,37 @@ struct Codes {
   typedef uint8_t type __attribute__((vector_size(n), aligned(1), may_alias));
 };
 
+// The maximum over taps [ky0, ky1) x [kx0, kx1) of the window whose tap (0, 0) is at `window`. With the sizes known to
+// the compiler (KH, KW above 0) all taps are taken.
+template <class T, int KH, int KW>
+SB_INLINE void max_window(const PoolArgs<T>& a, const T* window, int ky0, int ky1, int kx0, int kx1, T* y,
+                          uint8_t* codes) {
+  constexpr int n = Vec<T>::n;
+  using I = typename Vec<T>::index;
+  const int kw = KW ? KW : a.KW;
+  if (KH) ky0 = kx0 = 0, ky1 = KH, kx1 = KW;
+  const ptrdiff_t row_step = ptrdiff_t(KH ? 1 : a.DH) * a.W * LANES, col_step = ptrdiff_t(KW ? 1 : a.DW) * LANES;
+  for (int part = 0; part < LANES; part += n) {
+    const T* from = window + part;
+    V<T> best = load(from + ky0 * row_step + kx0 * col_step);
+    I code = I{} + (ky0 * kw + kx0);
+    for (int ky = ky0; ky < ky1; ++ky)
+      for (int kx = kx0; kx < kx1; ++kx) {
+        if (ky == ky0 && kx == kx0) continue;
+        const V<T> v = load(from + ky * row_step + kx * col_step);
+        const I wins = I(v > best) | I(v != v);
+        best = wins ? v : best;
+        code = wins ? I{} + (ky * kw + kx) : code;
+      }
+    store(y + part, best);
+    *reinterpret_cast<typename Codes<T>::type*>(codes + part) = __builtin_convertvector(code, typename Codes<T>::type);
+  }
+}
+
 // y[p][oy][ox] = max over the window's taps inside of the image, codes the first tap that has it; NaN wins.
 template <class T>
 void max_pool_forward(const PoolArgs<T>& a) {
-  constexpr int n = Vec<T>::n;
-  using I = typename Vec<T>::index;
+  const bool two = a.KH == 2 && a.KW == 2 && a.DH == 1 && a.DW == 1;
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
   for (int64_t p = 0; p < a.planes; ++p) {
     const T* x = a.x + p * a.H * a.W * LANES;
@@ -20,27 +46,14 @@ void max_pool_forward(const PoolArgs<T>& a) {
     for (int oy = 0; oy < a.OH; ++oy) {
       const int iy0 = oy * a.SH - a.PH;
       const int ky0 = iy0 >= 0 ? 0 : int(div_up(-iy0, a.DH)), ky1 = least(a.KH, int(div_up(a.H - iy0, a.DH)));
-      for (int ox = 0; ox < a.OW; ++ox) {
+      for (int ox = 0; ox < a.OW; ++ox, y += LANES, codes += LANES) {
         const int ix0 = ox * a.SW - a.PW;
         const int kx0 = ix0 >= 0 ? 0 : int(div_up(-ix0, a.DW)), kx1 = least(a.KW, int(div_up(a.W - ix0, a.DW)));
-        for (int part = 0; part < LANES; part += n) {
-          const T* first = x + (int64_t(iy0 + ky0 * a.DH) * a.W + ix0 + kx0 * a.DW) * LANES + part;
-          V<T> best = load(first);
-          I code = I{} + (ky0 * a.KW + kx0);
-          for (int ky = ky0; ky < ky1; ++ky) {
-            const T* row = x + (int64_t(iy0 + ky * a.DH) * a.W + ix0) * LANES + part;
-            for (int kx = kx0; kx < kx1; ++kx) {
-              const V<T> v = load(row + int64_t(kx) * a.DW * LANES);
-              const I wins = I(v > best) | I(v != v);
-              best = wins ? v : best;
-              code = wins ? I{} + (ky * a.KW + kx) : code;
-            }
-          }
-          const int64_t at = (int64_t(oy) * a.OW + ox) * LANES + part;
-          store(y + at, best);
-          *reinterpret_cast<typename Codes<T>::type*>(codes + at) =
-              __builtin_convertvector(code, typename Codes<T>::type);
-        }
+        const T* window = x + (int64_t(iy0) * a.W + ix0) * LANES;
+        if (two && ky0 == 0 && ky1 == 2 && kx0 == 0 && kx1 == 2)
+          max_window<T, 2, 2>(a, window, 0, 2, 0, 2, y, codes);
+        else
+          max_window<T, 0, 0>(a, window, ky0, ky1, kx0, kx1, y, codes);
       }
     }
   }

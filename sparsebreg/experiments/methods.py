@@ -126,7 +126,7 @@ METHODS: dict[str, Method] = {
         {**_SPARSE, "momentum": 0.9, "lr": 3.0, "lam": 0.06, "coarse_steps": 29},
         # Convolutions see larger gradients, so the same step is larger for them.
         for_model={
-            "convnet": {"lr": 1.5, "lam": 0.18, "coarse_steps": 9, "init_density": 0.09, "init_distribution": "erk"}
+            "convnet": {"lr": 1.5, "lam": 0.18, "coarse_steps": 9, "init_density": 0.08, "init_distribution": "erk"}
         },
         bregman=True,
     ),

@@ -123,11 +123,9 @@ METHODS: dict[str, Method] = {
     "proxsgd": Method(_PROXSGD, {**_SPARSE, **_SGD, "lam": 1e-4, "init_density": 0.2}, bregman=True),
     "ml-linbreg": Method(
         _LINBREG,
-        {**_SPARSE, "momentum": 0.9, "lr": 3.0, "lam": 0.06, "coarse_steps": 29},
+        {**_SPARSE, "init_distribution": "erk", "momentum": 0.9, "lr": 3.0, "lam": 0.07, "coarse_steps": 39},
         # Convolutions see larger gradients, so the same step is larger for them.
-        for_model={
-            "convnet": {"lr": 1.5, "lam": 0.18, "coarse_steps": 9, "init_density": 0.08, "init_distribution": "erk"}
-        },
+        for_model={"convnet": {"lr": 1.5, "lam": 0.18, "coarse_steps": 9, "init_density": 0.08}},
         bregman=True,
     ),
     "ml-adabreg": Method(_ADABREG, {**_SPARSE, "lr": 2e-3, "lam": 0.02, "coarse_steps": 29}, bregman=True),

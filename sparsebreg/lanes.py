@@ -18,7 +18,7 @@ from sparsebreg import _extension, memory
 from sparsebreg._extension import native
 from sparsebreg.errors import BackendError, check_input, expected
 
-__all__ = ["LANES", "LaneTensor", "from_plain", "unpacked"]
+__all__ = ["LANES", "LaneTensor", "from_plain", "to_plain", "unpacked"]
 
 LANES = 16
 
@@ -271,6 +271,11 @@ def from_plain(x: torch.Tensor) -> LaneTensor:
     if native() is None:
         raise BackendError(_extension.CAUSE)
     return x if isinstance(x, LaneTensor) else _FromPlain.apply(x)
+
+
+def to_plain(x: torch.Tensor) -> torch.Tensor:
+    """The same tensor with ordinary storage, for code that asks for a data pointer; differentiable."""
+    return x.as_strided(x.shape, x.stride()) if isinstance(x, LaneTensor) else x
 
 
 def _alias(cell: _Cell, shape: tuple[int, ...], dtype: torch.dtype) -> LaneTensor:

@@ -53,7 +53,7 @@ def test_train_on_digits(method, tmp_path, capsys):
     assert main("train", "--data", "digits", "--method", method, "--epochs", 6, "--out", out) == 0
     result = json.loads((out / "result.json").read_text())
     assert all(key in result for key in KEYS)
-    assert result["test_accuracy"] > 80
+    assert result["test_accuracy"] > (80 if method in ("sgd", "linbreg", "ml-linbreg") else 40)  # ten classes
     assert result["train_seconds"] > 0
     assert result["sparsity"] == pytest.approx(1 - result["density"])
     assert result["peak_rss_mb"] > 50
@@ -63,9 +63,12 @@ def test_train_on_digits(method, tmp_path, capsys):
         assert result["density"] == 1
         assert result["flops_fraction_of_sgd"] == 1
     else:
-        assert result["sparsity"] > 0.5
-        assert result["flops_fraction_of_sgd"] < 1 or method == "linbreg"
-    assert (result["seconds_per_coarse_step"] is not None) == method.startswith("ml-")
+        assert result["sparsity"] > (0.1 if method == "proxsgd" else 0.5)
+        assert result["flops_fraction_of_sgd"] < 0.9
+    if method in ("rigl", "set", "prune"):
+        assert result["sparsity"] == pytest.approx(0.95, abs=0.005)
+    frozen = method.startswith("ml-") or method in ("rigl", "set", "prune")
+    assert (result["seconds_per_coarse_step"] is not None) == frozen
     with open(out / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(r["epoch"]) for r in rows] == [1, 2, 3, 4, 5, 6]
@@ -266,21 +269,6 @@ def test_target_sparsity(tmp_path, capsys):
     assert saved["lam"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains(method, tmp_path):
-    words = ("train", "--epochs", 3, "--quiet", "--out", tmp_path, "--method", method)
-    assert main(*words) == 0
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["method"] == method
-    assert result["test_accuracy"] > 30  # ten classes
-    if method in ("rigl", "set", "prune"):
-        assert result["sparsity"] == pytest.approx(0.95, abs=0.005)
-    if method == "sgd":
-        assert result["flops_fraction_of_sgd"] == 1
-    else:
-        assert result["flops_fraction_of_sgd"] < 0.9
-
-
 def test_info_as_a_module():
     done = subprocess.run([sys.executable, "-m", "sparsebreg", "info"], capture_output=True, text=True, check=True)
     assert f"sparsebreg:      {sb.__version__}" in done.stdout
@@ -290,7 +278,7 @@ def test_info_as_a_module():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--method", "adam"), "method: expected one of sgd, linbreg, ml-linbreg.*, got 'adam'"),
+        (("--method", "adam"), "method: expected one of sgd, linbreg, .*, got 'adam'"),
         (("--model", "gpt"), "model: expected one of mlp, convnet.*, got 'gpt'"),
         (("--data", "svhn"), "data: expected one of digits, fashion-mnist, mnist.*, got 'svhn'"),
         (("--data", "mnist", "--data-dir", "nowhere"), "data_dir: expected a folder, got nowhere"),

@@ -134,6 +134,7 @@ REDUCTIONS = {
     "max": lambda x: x.amax((2, 3)),
     "softmax": lambda x: x.softmax(1),
     "slice": lambda x: x[:, 1:3],
+    "to_plain": lanes.to_plain,
     "permute": lambda x: x.permute(0, 2, 3, 1),
     "regrouped": lambda x: x.view(-1, 4),
     "other_dtype": lambda x: x.to(torch.bfloat16).double(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,11 @@ def load(folder: Path, config: Config) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (member := archive.testzip()) is not None:  # torch itself does not look at the checksums
+                raise ValueError(f"{member} is damaged")
         saved = torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise RunError(
             expected(str(path), "a readable checkpoint", f"{type(error).__name__} (see --restart)")
         ) from error

@@ -452,3 +452,28 @@ def test_the_layout_stays_between_sparse_layers():
         m.register_forward_hook(lambda m, i, o: kinds.append(type(o)) and None)
     sparse(torch.randn(20, 3, 6, 6, dtype=torch.float64))
     assert set(kinds) == {LaneTensor}
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(
+    ("sizes", "stride", "groups", "density"),
+    [((64, 64, 3), 1, 1, 0.2), ((48, 64, 3), 2, 1, 0.3), ((64, 64, 1), 1, 1, 0.5), ((64, 96, 5), 1, 2, 0.1)],
+    ids=["chunks", "strided", "pointwise", "groups"],
+)
+def test_large_convolutions(sizes, stride, groups, density):
+    """Large enough for several chunks a sum, several bands an image, and results that are written past the caches."""
+    i, o, k = sizes
+    dense = nn.Conv2d(i, o, k, stride, k // 2, groups=groups)
+    dense.weight.data.mul_(torch.rand_like(dense.weight) < density)
+    sparse = sb.nn.SparseConv2d.from_dense(dense)
+    x = torch.randn(40, i, 32, 32)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, z = dense(a), sparse(lanes.from_plain(b))
+    torch.testing.assert_close(ordinary(z), y.detach(), rtol=1e-4, atol=1e-4)
+    w = torch.randn_like(y)
+    y.backward(w)
+    z.backward(lanes.from_plain(w))
+    torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-4)
+    want = sparse.pattern.gather(dense.weight.grad)
+    torch.testing.assert_close(sparse.values.grad, want, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(sparse.bias.grad, dense.bias.grad, rtol=1e-3, atol=1e-2)

@@ -1,0 +1,114 @@
+"""The fine phase: dense layers that compute over their nonzero weights and keep their full gradient."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import sparsebreg as sb
+from sparsebreg.nn import FineConv2d, FineLinear
+
+
+def make(dtype):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, padding="valid", bias=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, (1, 3), padding=(0, 1), groups=2),
+        nn.Flatten(),
+        nn.Linear(8 * 9, 5),
+    ).to(dtype)
+    return sb.sparse_init_(model, 0.15)
+
+
+def cycle(model, coarse_steps=2, **options):
+    optimizer = sb.LinBreg(sb.param_groups(model, sb.L1(0.05)), lr=0.1)
+    return sb.Multilevel(model, optimizer, coarse_steps, sb.SparsifyConfig(min_sparsity=0.6), **options)
+
+
+def gradients(model, x):
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("n", [1, 20])
+def test_all_gradients_are_the_dense_ones(engine, n, dtype):
+    model = make(dtype)
+    dense = copy.deepcopy(model)
+    cycle(model)
+    assert [type(m) for m in model] == [FineConv2d, nn.ReLU, FineConv2d, nn.Flatten, FineLinear]
+    x = torch.randn(n, 3, 8, 8, dtype=dtype)
+    tol = 1e-10 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(gradients(model, x), gradients(dense, x), rtol=tol, atol=tol)
+
+
+def test_output_is_computed_over_the_nonzero_weights(backend):
+    model = make(torch.float64)
+    cycle(model)
+    model[4](torch.randn(3, 72, dtype=torch.float64))
+    assert model[4]._pattern.nnz == model[4].weight.count_nonzero()
+
+
+@pytest.mark.parametrize("how", ["in_place", "data", "other_tensor"])
+def test_weights_may_be_written_to_at_any_time(backend, how):
+    model = make(torch.float64)
+    ml = cycle(model)
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    for _ in range(3):  # up to the fine phase after a thaw
+        gradients(model, x)
+        ml.step()
+    new = torch.randn_like(model[4].weight) * (torch.rand_like(model[4].weight) < 0.2)
+    with torch.no_grad():
+        if how == "in_place":
+            model[4].weight.copy_(new)
+        elif how == "data":
+            model[4].weight.data.copy_(new)
+        else:
+            model[4].weight.data = new
+    h = torch.randn(3, 72, dtype=torch.float64)
+    torch.testing.assert_close(model[4](h), F.linear(h, new, model[4].bias))
+
+
+def test_layers_that_are_too_dense_compute_densely():
+    model = make(torch.float64)
+    cycle(model)
+    with torch.no_grad():
+        model[4].weight.fill_(1.0)
+    h = torch.randn(3, 72, dtype=torch.float64)
+    torch.testing.assert_close(model[4](h), F.linear(h, model[4].weight, model[4].bias))
+    assert model[4]._pattern is None
+
+
+def test_thaw_gives_plain_layers_back():
+    model = make(torch.float64)
+    ml = cycle(model)
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    for _ in range(2):
+        gradients(model, x)
+        ml.step()
+    ml.thaw()
+    assert [type(m) for m in model] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Flatten, nn.Linear]
+    assert not [k for m in model for k in m.__dict__ if k in ("_pattern", "_max_density")]
+
+
+def test_copies_and_pickles_compute_the_same():
+    model = make(torch.float64)
+    cycle(model)
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    want = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), want)
+
+
+def test_small_convolutions_are_sparse_at_any_density():
+    model = nn.Sequential(nn.Conv2d(1, 16, 5), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    report = sb.sparsify_(model)
+    assert [(r.action, r.reason) for r in report.layers] == [
+        ("sparse", "at most 32 weights an output channel"),
+        ("dense", "sparsity 0.00% is below 80.00%"),
+    ]

@@ -558,7 +558,7 @@ def _copy(func, args, kwargs):
 def _over_positions(func, args, kwargs, spatial):
     x = args[0]
     dims = args[1] if len(args) > 1 else None
-    if x.dim() < 3 or not dims or kwargs.get("dtype") is not None:
+    if x.dim() < 3 or not dims or kwargs.get("dtype") is not None or any(not -x.dim() <= d < x.dim() for d in dims):
         return NotImplemented
     dims = sorted(d % x.dim() for d in dims)
     inner = list(range(2, x.dim()))
@@ -588,9 +588,9 @@ def _sum(func, args, kwargs):
 def _cat(func, args, kwargs):
     tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     like = _lane(tensors)
-    dim %= like.dim()
-    if dim == 0:
+    if not -like.dim() < dim < like.dim() or dim == 0:
         return NotImplemented
+    dim %= like.dim()
     parts = []
     for t in tensors:
         if t.dim() != like.dim() or t.shape[0] != like.shape[0] or t.dtype != like.dtype:
@@ -745,7 +745,9 @@ def _batch_norm(func, args, kwargs):
         saved = torch.empty(0), torch.empty(0)
     scale = invstd if weight is None else invstd * weight
     shift = -mean * scale if bias is None else bias - mean * scale
-    return _alias(_Normed((x._cell,), sizes, scale, shift), x.shape, x.dtype), *saved
+    # An exposed x may be written to unseen, and what was packed of it is not kept: a cell that does.
+    source = _Cell(packed, n) if x._cell.exposed else x._cell
+    return _alias(_Normed((source,), sizes, scale, shift), x.shape, x.dtype), *saved
 
 
 @_handles(aten.native_batch_norm_backward.default)

@@ -206,6 +206,9 @@ FUSED = {
     "sum_read_twice": lambda n, x: (lambda y: F.relu(y + x) * F.relu(y - x))(n[0](x)),
     "input_written_later": lambda n, x: (lambda t: (F.relu(n[0](t)), t.mul_(2))[0] + t)(x * 1),
     "input_viewed_and_written_later": lambda n, x: (lambda t: (F.relu(n[0](t)), t[:, :2].mul_(2))[0] + t)(x * 1),
+    "input_viewed_and_written_to_later": lambda n, x: (
+        lambda t: (lambda view: (n[0](t), view.mul_(2))[0] + t)(t[:, :2])
+    )(x * 1),
     "result_viewed": lambda n, x: (lambda t: (t[:, :2].mul_(2), t)[1])(F.relu(n[0](x)) * 1),
     "other_threshold": lambda n, x: F.threshold(n[0](x), 0.1, 0.0),
     "no_weight_gradient": lambda n, x: F.relu(n[0].requires_grad_(False)(x) + x),
@@ -319,6 +322,18 @@ def test_mixed_batches_and_shapes():
     torch.testing.assert_close(ordinary(t + lanes.from_plain(one)), x + one)
     with pytest.raises(RuntimeError, match="size"):
         t + torch.randn(20, 4, 3, 2)
+
+
+def test_dimensions_out_of_range():
+    _, t = lane(20, 4, 3, 3)
+    for call in (
+        lambda: torch.cat([t, t], 4),
+        lambda: t.sum(4),
+        lambda: t.mean((2, -5)),
+        lambda: torch.cat([t, t], -5),
+    ):
+        with pytest.raises(IndexError, match="out of range"):
+            call()
 
 
 def test_bad_input():

@@ -18,6 +18,12 @@ from sparsebreg.lanes import LaneTensor
 pytestmark = pytest.mark.skipif(_extension.native() is None, reason="tests of the native extension")
 
 
+@pytest.fixture(autouse=True)
+def native():
+    with sb.use_backend("native"):
+        yield
+
+
 @pytest.fixture(params=ISAS)
 def isa(request):
     before = _extension.native().isa()

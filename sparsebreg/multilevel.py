@@ -167,9 +167,14 @@ class Multilevel:
             "fine_done": self.fine_done,
             "cycles": self.cycles,
             "schedule": self.schedule.state_dict() if isinstance(self.schedule, PlateauCoarse) else {},
-            "patterns": {n: p.state_dict() for n, p in self._patterns.items()},
+            "patterns": {n: p.state_dict() for n, p in (self._patterns or self._fine_patterns()).items()},
             "masks": dict(self._masks),
         }
+
+    def _fine_patterns(self) -> dict[str, SparsePattern]:
+        """What the layers compute over in the fine phase: kept in checkpoints, since it decides the order of sums."""
+        patterns = {n: getattr(self.model.get_submodule(n), "_pattern", None) for n in self._able}
+        return {n: p for n, p in patterns.items() if p is not None} if self.phase == "fine" else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Brings the model into the saved phase, with the saved patterns.
@@ -210,6 +215,9 @@ class Multilevel:
             self._enter_fine()
         if phase == "coarse":
             self._carry_out(Plan(patterns, {n: m.bool() for n, m in masks.items()}, SwapReport()))
+        else:
+            self._patterns = patterns
+            self._enter_fine()
         self.phase, self.coarse_done, self.coarse_steps = phase, coarse_done, coarse_steps
         self.fine_done, self.cycles = fine_done, cycles
         if isinstance(self.schedule, PlateauCoarse) and state["schedule"]:

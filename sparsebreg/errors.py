@@ -73,6 +73,8 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> str:
 
 def check_input(name: str, x: Any, dtype: torch.dtype) -> None:
     """A dense strided CPU tensor of this dtype. Raises TypeError or ValueError."""
+    if isinstance(x, torch.Tensor) and x.is_cpu and x.dtype is dtype and x.layout is torch.strided:
+        return
     if not isinstance(x, torch.Tensor):
         raise TypeError(expected(name, "a tensor", type(x).__name__))
     if x.device.type != "cpu":

@@ -112,7 +112,7 @@ def _check_parameters(
             expected("values", "a float32 or float64 tensor", getattr(values, "dtype", type(values).__name__))
         )
     check_input("values", values, values.dtype)
-    if values.shape != (pattern.nnz,):
+    if values.shape != pattern.col.shape:
         raise ValueError(expected("values", f"shape ({pattern.nnz},)", tuple(values.shape)))
     if bias is not None:
         check_input("bias", bias, values.dtype)
@@ -153,7 +153,7 @@ def sparse_linear(
     check_input("x", x, values.dtype)
     if len(pattern.shape) != 2:
         raise ValueError(expected("pattern", "the shape of a linear weight (2 sizes)", pattern.shape))
-    if x.dim() == 0 or x.shape[-1] != pattern.cols:
+    if x.dim() == 0 or x.shape[-1] != pattern.shape[1]:
         raise ValueError(expected("x", f"shape (..., {pattern.cols})", tuple(x.shape)))
     flat = x.contiguous() if x.dim() == 2 else x.reshape(-1, pattern.cols).contiguous()
     y = _Linear.apply(flat, values.contiguous(), bias, weight, pattern, backends.current())

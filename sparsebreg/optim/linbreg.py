@@ -77,16 +77,19 @@ class LinBreg(BregmanOptimizer):
             return False
         if beta and "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        tensors = [p.detach(), p.grad.detach(), state["dual"], state["momentum_buffer"] if beta else None]
-        if not p.is_contiguous() and _is_dense(p) and all(t is None or t.stride() == p.stride() for t in tensors):
+        tensors = [p.detach(), p.grad.detach(), state["dual"]]
+        if beta:
+            tensors.append(state["momentum_buffer"])
+        if not all(map(torch.Tensor.is_contiguous, tensors)):
+            if not _is_dense(p) or any(t.stride() != p.stride() for t in tensors):
+                return False
             # channels_last, for one: the same order in memory for all is enough
-            tensors = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors]
-        if any(
-            t is not None and not (t.is_contiguous() and t.device.type == "cpu" and t.dtype is p.dtype) for t in tensors
-        ):
+            tensors = [t.as_strided((t.numel(),), (1,)) for t in tensors]
+        if any(not t.is_cpu or t.dtype is not p.dtype for t in tensors):
             return False
+        arrays = [t.numpy() for t in tensors]
         C.linbreg_step(
-            *(t if t is None else t.numpy() for t in tensors), group["lr"], beta, group["delta"],
+            *arrays[:3], arrays[3] if beta else None, group["lr"], beta, group["delta"],
             getattr(reg, "lam", 0.0), group["weight_decay"], group["maximize"], torch.get_num_threads(),
         )  # fmt: skip
         torch.autograd.graph.increment_version(p)  # written behind autograd's back

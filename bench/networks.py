@@ -28,7 +28,7 @@ class Steps:
         self.model = sb.models.MODELS[name](shape).to(memory_format=memory_format)
         self.x = torch.randn(batch, *shape).contiguous(memory_format=memory_format)
         self.y = torch.randint(10, (batch,))
-        self.optimizer = self.cycle = None
+        self.cycle = None
         if density is None:
             self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
         else:

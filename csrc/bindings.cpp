@@ -286,14 +286,24 @@ py::array pool_empty(size_t bytes) {
   return py::array_t<uint8_t>({py::ssize_t(bytes)}, {py::ssize_t(1)}, static_cast<uint8_t*>(block->data), owner);
 }
 
-void linbreg_step(py::array p, const py::array& g, py::array v, Maybe m, double lr, double beta, double delta,
-                  double lam, double weight_decay, bool maximize, int threads) {
+void linbreg_step(py::array p, const py::array& g, py::array v, Maybe m, const Maybe& active, double lr, double beta,
+                  double delta, double lam, double weight_decay, bool maximize, int threads) {
   for_dtype(p, [&](auto zero) {
     using T = decltype(zero);
     const int64_t n = p.size();
-    StepArgs<T> a{
-        n,   out<T>("p", p, n), in<T>("g", g, n),      out<T>("v", v, n), maybe_out<T>("m", m, n), lr, beta, delta,
-        lam, weight_decay,      maximize ? -1.0 : 1.0, team(threads, n)};
+    StepArgs<T> a{n,
+                  out<T>("p", p, n),
+                  in<T>("g", g, n),
+                  out<T>("v", v, n),
+                  maybe_out<T>("m", m, n),
+                  reinterpret_cast<const uint8_t*>(maybe_in<bool>("active", active, n)),
+                  lr,
+                  beta,
+                  delta,
+                  lam,
+                  weight_decay,
+                  maximize ? -1.0 : 1.0,
+                  team(threads, n)};
     py::gil_scoped_release nogil;
     kernels_of<T>().linbreg_step(a);
   });

@@ -89,8 +89,9 @@ void linear_rows(const LinearPass<T>& p, int64_t tile, int l0, int l1, int64_t d
   t.dst_row = 0;
   t.dst_col = LANES;
   t.dst_channel = int64_t(width) * LANES;
-  // Groups of GROUP features per transpose; with several chunks a longer run, so that a chunk is read from cache.
-  const int64_t run = p.chunks > 1 ? 16 * GROUP : GROUP;
+  // A run of features ends in some neighbouring cache lines of each image; with several chunks it is longer, so that a
+  // chunk is read from cache.
+  const int64_t run = (p.chunks > 1 ? 16 : 4) * GROUP;
   for (int64_t d = d0; d < d1; d += run) {
     t.r0 = d;
     t.r1 = least(d1, d + run);

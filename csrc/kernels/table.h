@@ -74,7 +74,8 @@ struct StepArgs {
   T* p;
   const T* g;
   T* v;
-  T* m;  // null: no momentum
+  T* m;                   // null: no momentum
+  const uint8_t* active;  // null: all; else only where it is 1, the others and their state stand still
   double lr, beta, delta, lam, weight_decay, sign;
   int threads;
 };

@@ -181,7 +181,7 @@ class BregmanOptimizer(torch.optim.Optimizer):
             _check_dtype(p)
             state = self.state[p]
             self._start(p, state, group)
-            if "active" in state or not self._fused(p, state, group):
+            if not self._fused(p, state, group):
                 yield p
 
     def _update(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:

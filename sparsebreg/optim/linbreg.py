@@ -75,21 +75,22 @@ class LinBreg(BregmanOptimizer):
         C, reg, beta = native(), group["reg"], group["momentum"]
         if C is None or type(reg) not in (L1, NoReg):
             return False
-        if beta and "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
         tensors = [p.detach(), p.grad.detach(), state["dual"]]
         if beta:
             tensors.append(state["momentum_buffer"])
+        if any(not t.is_cpu or t.dtype is not p.dtype for t in tensors):
+            return False
+        active = state.get("active")
+        if active is not None:
+            tensors.append(active)
         if not all(map(torch.Tensor.is_contiguous, tensors)):
             if not _is_dense(p) or any(t.stride() != p.stride() for t in tensors):
                 return False
             # channels_last, for one: the same order in memory for all is enough
             tensors = [t.as_strided((t.numel(),), (1,)) for t in tensors]
-        if any(not t.is_cpu or t.dtype is not p.dtype for t in tensors):
-            return False
         arrays = [t.numpy() for t in tensors]
         C.linbreg_step(
-            *arrays[:3], arrays[3] if beta else None, group["lr"], beta, group["delta"],
+            *arrays[:3], arrays[3] if beta else None, None if active is None else arrays[-1], group["lr"], beta, group["delta"],
             getattr(reg, "lam", 0.0), group["weight_decay"], group["maximize"], torch.get_num_threads(),
         )  # fmt: skip
         torch.autograd.graph.increment_version(p)  # written behind autograd's back

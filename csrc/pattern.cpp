@@ -5,16 +5,8 @@
 
 namespace sparsebreg {
 
-template <class T>
-int64_t count_rows(const T* dense, int64_t rows, int64_t cols, int32_t* rowptr, int threads) {
+int64_t sum_counts(int64_t rows, int32_t* rowptr) {
   rowptr[0] = 0;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* d = dense + r * cols;
-    int32_t count = 0;
-    for (int64_t c = 0; c < cols; ++c) count += d[c] != T(0);
-    rowptr[r + 1] = count;
-  }
   int64_t total = 0;
   for (int64_t r = 0; r < rows; ++r) {
     total += rowptr[r + 1];
@@ -22,6 +14,18 @@ int64_t count_rows(const T* dense, int64_t rows, int64_t cols, int32_t* rowptr, 
     rowptr[r + 1] = int32_t(total);
   }
   return total;
+}
+
+template <class T>
+int64_t count_rows(const T* dense, int64_t rows, int64_t cols, int32_t* rowptr, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* d = dense + r * cols;
+    int32_t count = 0;
+    for (int64_t c = 0; c < cols; ++c) count += d[c] != T(0);
+    rowptr[r + 1] = count;
+  }
+  return sum_counts(rows, rowptr);
 }
 
 template <class T>

@@ -12,6 +12,9 @@ namespace sparsebreg {
 template <class T>
 int64_t count_rows(const T* dense, int64_t rows, int64_t cols, int32_t* rowptr, int threads);
 
+// Turns counts, that of row r at rowptr[r + 1], into starts. Returns their sum, or -1 where it does not fit int32.
+int64_t sum_counts(int64_t rows, int32_t* rowptr);
+
 // Column indices of the nonzeros, ascending inside each row. rowptr from count_rows; col has nnz places.
 template <class T>
 void fill_columns(const T* dense, int64_t rows, int64_t cols, const int32_t* rowptr, int32_t* col, int threads);

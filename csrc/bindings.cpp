@@ -416,10 +416,11 @@ template <class T>
 py::tuple csr(const T* dense, int64_t rows, int64_t cols, int threads) {
   py::array_t<int32_t> rowptr(rows + 1);
   const int t = team(threads, rows * cols);
-  const int64_t nnz = count_rows(dense, rows, cols, rowptr.mutable_data(), t);
+  std::vector<uint64_t> bits(size_t(rows * row_words(cols)));
+  const int64_t nnz = mark_nonzeros(dense, rows, cols, bits.data(), rowptr.mutable_data(), t);
   if (nnz < 0) refuse("mask", "at most 2147483647 nonzeros", "more");
   py::array_t<int32_t> col(nnz);
-  fill_columns(dense, rows, cols, rowptr.data(), col.mutable_data(), t);
+  fill_columns(bits.data(), rows, cols, rowptr.data(), col.mutable_data(), t);
   return py::make_tuple(rowptr, col);
 }
 

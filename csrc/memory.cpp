@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 
@@ -25,6 +26,7 @@ constexpr size_t HUGE_PAGE = size_t(2) << 20;
 void* scratch_bytes(Slot slot, size_t bytes) {
   Buffer& b = buffers[slot];
   if (bytes <= b.size) return b.data;
+  if (bytes > SIZE_MAX / 2) throw std::bad_alloc();  // what follows would overflow
   std::free(b.data);
   b.data = nullptr;
   b.size = 0;

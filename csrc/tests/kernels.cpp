@@ -463,7 +463,7 @@ void test_pattern() {
   struct {
     int64_t rows, cols;
     double density;
-  } const cases[] = {{0, 5, .5},      {5, 0, .5},  {1, 1, 1},  {7, 67, .1},
+  } const cases[] = {{0, 5, .5},      {5, 0, .5},  {1, 1, 1},  {7, 67, .1},  {2, 640, .9},
                      {70, 1000, .05}, {3, 256, 1}, {9, 64, 0}, {1000, 3, .3}};
   for (const auto& c : cases) {
     const Pattern p(c.rows, c.cols, c.density);

@@ -4,6 +4,9 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -40,6 +43,14 @@ void* scratch_bytes(Slot slot, size_t bytes) {
   b.data = p;
   b.size = size;
   return p;
+}
+
+int team_member() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
 }
 
 size_t release_scratch() {

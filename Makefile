@@ -5,7 +5,7 @@ OUT ?= runs/demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench bench-networks benchmark lint format clean
+.PHONY: demo test test-kernels test-neon bench bench-networks benchmark lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparsebreg info
@@ -13,6 +13,27 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/pytest -q
+
+# The kernels alone, without Python.
+TESTED := csrc/tests/kernels.cpp $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp csrc/isa/*.cpp))
+TEST_FLAGS := -std=c++17 -O2 -ffp-contract=fast -fopenmp -Wall -Wextra -Wno-psabi -Icsrc
+
+# Passive: the kernels are short, and threads that spin for the next one would take the cores from those at work.
+test-kernels: build/test-kernels
+	OMP_WAIT_POLICY=passive $<
+
+test-neon: build/test-neon
+	OMP_WAIT_POLICY=passive qemu-aarch64 -L /usr/aarch64-linux-gnu $<
+
+build/test-kernels: $(shell find csrc -type f)
+	mkdir -p $(@D)
+	$(CXX) $(TEST_FLAGS) $(TESTED) -o $@
+
+build/test-neon: $(shell find csrc -type f)
+	@type aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null || \
+		{ echo "test-neon: expected the Debian packages g++-aarch64-linux-gnu and qemu-user"; exit 1; }
+	mkdir -p $(@D)
+	aarch64-linux-gnu-g++ $(TEST_FLAGS) $(TESTED) -o $@
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/table.py

@@ -5,8 +5,10 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "dispatch.h"
@@ -63,13 +65,17 @@ int check_threads(int threads) {
   return threads;
 }
 
+void check_shape(const char* name, int64_t rows, int64_t cols) {
+  if (rows < 0 || cols < 0 || rows > INT32_MAX || cols > INT32_MAX)
+    refuse(name, "sizes from 0 to 2147483647", std::to_string(rows) + " x " + std::to_string(cols));
+}
+
 // A validated index. The arrays are copied, so that nothing a caller does to them later reaches a kernel.
 class NativeIndex {
  public:
   NativeIndex(int64_t rows, int64_t cols, const py::array& rowptr, const py::array& col, const py::array& colptr,
               const py::array& row, const py::array& csc_to_csr) {
-    if (rows < 0 || cols < 0 || rows > INT32_MAX || cols > INT32_MAX)
-      refuse("shape", "sizes from 0 to 2147483647", std::to_string(rows) + " x " + std::to_string(cols));
+    check_shape("shape", rows, cols);
     const int64_t nnz = col.size();
     if (nnz > INT32_MAX) refuse("col", "at most 2147483647 nonzeros", std::to_string(nnz));
     auto copy = [this](const int32_t* from, int64_t count) {
@@ -101,10 +107,20 @@ Layout layout_of(const char* name, int layout, int last) {
   return Layout(layout);
 }
 
-int64_t padded(int64_t N, Layout layout) { return layout == Layout::lanes ? (N + LANES - 1) / LANES * LANES : N; }
+// Elements of N samples (in the lane layout: of whole blocks) of `sizes`.
+int64_t elements(const char* name, int64_t N, Layout layout, std::initializer_list<int64_t> sizes) {
+  const bool fits = N >= 0 && N <= INT64_MAX - LANES;
+  if (fits && layout == Layout::lanes) N = (N + LANES - 1) / LANES * LANES;
+  for (int64_t size : sizes)
+    if (!fits || size < 0 || __builtin_mul_overflow(N, size, &N))
+      refuse(name, "sizes from 0 on with a product below 2**63", "others");
+  return N;
+}
 
 // Tiny work runs on the calling thread: a parallel region costs a few microseconds.
-int team(int threads, int64_t multiply_adds) { return multiply_adds < 40000 ? 1 : check_threads(threads); }
+int team(int threads, double multiply_adds) {
+  return check_threads(threads) > 1 && multiply_adds < 40000 ? 1 : threads;
+}
 
 template <class F>
 void for_dtype(const py::array& values, F f) {
@@ -128,47 +144,55 @@ void check_batch(int64_t N) {
   if (N < 0) refuse("N", "at least 0", std::to_string(N));
 }
 
+template <class T>
+LinearArgs<T> linear_args(const NativeIndex& pattern, int64_t N, int x_layout, int y_layout, const py::array& values,
+                          int threads) {
+  check_batch(N);
+  const Index& ix = pattern.index;
+  LinearArgs<T> a{};
+  a.index = ix;
+  a.N = N;
+  a.x_layout = layout_of("x_layout", x_layout, 1);
+  a.y_layout = layout_of("y_layout", y_layout, 1);
+  a.values = in<T>("values", values, ix.nnz);
+  a.threads = team(threads, double(N) * double(ix.nnz + ix.rows + ix.cols));
+  return a;
+}
+
 void linear_forward(const NativeIndex& pattern, int64_t N, const py::array& x, int x_layout, const py::array& values,
                     const Maybe& bias, py::array y, int y_layout, int threads) {
-  check_batch(N);
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
-    const Index& ix = pattern.index;
-    LinearArgs<T> a{};
-    a.index = ix;
-    a.N = N;
-    a.x_layout = layout_of("x_layout", x_layout, 1);
-    a.y_layout = layout_of("y_layout", y_layout, 1);
-    a.values = in<T>("values", values, ix.nnz);
-    a.bias = maybe_in<T>("bias", bias, ix.rows);
-    a.x = in<T>("x", x, padded(N, a.x_layout) * ix.cols);
-    a.y = out<T>("y", y, padded(N, a.y_layout) * ix.rows);
-    a.threads = team(threads, N * (ix.nnz + ix.rows + ix.cols));
+    LinearArgs<T> a = linear_args<T>(pattern, N, x_layout, y_layout, values, threads);
+    a.bias = maybe_in<T>("bias", bias, a.index.rows);
+    a.x = in<T>("x", x, elements("x", N, a.x_layout, {a.index.cols}));
+    a.y = out<T>("y", y, elements("y", N, a.y_layout, {a.index.rows}));
     py::gil_scoped_release nogil;
     kernels_of<T>().linear_forward(a);
   });
 }
 
+// Sizes of x and y, then everything that backward passes of linear and convolution layers share.
+template <class Args>
+void check_backward(Args& a, int64_t x_size, int64_t y_size, const py::array& grad_y, const Maybe& x, Maybe& grad_x,
+                    Maybe& grad_values, Maybe& grad_bias) {
+  using T = std::remove_pointer_t<decltype(a.y)>;
+  a.grad_y = in<T>("grad_y", grad_y, y_size);
+  a.x = maybe_in<T>("x", x, x_size);
+  a.grad_x = maybe_out<T>("grad_x", grad_x, x_size);
+  a.grad_values = maybe_out<T>("grad_values", grad_values, a.index.nnz);
+  a.grad_bias = maybe_out<T>("grad_bias", grad_bias, a.index.rows);
+  if (a.grad_values && !a.x) refuse("x", "the input of the layer, for grad_values", "None");
+}
+
 void linear_backward(const NativeIndex& pattern, int64_t N, const py::array& grad_y, int y_layout, const Maybe& x,
                      int x_layout, const py::array& values, Maybe grad_x, Maybe grad_values, Maybe grad_bias,
                      int threads) {
-  check_batch(N);
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
-    const Index& ix = pattern.index;
-    LinearArgs<T> a{};
-    a.index = ix;
-    a.N = N;
-    a.x_layout = layout_of("x_layout", x_layout, 1);
-    a.y_layout = layout_of("y_layout", y_layout, 1);
-    a.values = in<T>("values", values, ix.nnz);
-    a.grad_y = in<T>("grad_y", grad_y, padded(N, a.y_layout) * ix.rows);
-    a.x = maybe_in<T>("x", x, padded(N, a.x_layout) * ix.cols);
-    a.grad_x = maybe_out<T>("grad_x", grad_x, padded(N, a.x_layout) * ix.cols);
-    a.grad_values = maybe_out<T>("grad_values", grad_values, ix.nnz);
-    a.grad_bias = maybe_out<T>("grad_bias", grad_bias, ix.rows);
-    if (a.grad_values && !a.x) refuse("x", "the input of the layer, for grad_values", "None");
-    a.threads = team(threads, N * (ix.nnz + ix.rows + ix.cols));
+    LinearArgs<T> a = linear_args<T>(pattern, N, x_layout, y_layout, values, threads);
+    check_backward(a, elements("x", N, a.x_layout, {a.index.cols}), elements("grad_y", N, a.y_layout, {a.index.rows}),
+                   grad_y, x, grad_x, grad_values, grad_bias);
     py::gil_scoped_release nogil;
     kernels_of<T>().linear_backward(a);
   });
@@ -176,7 +200,7 @@ void linear_backward(const NativeIndex& pattern, int64_t N, const py::array& gra
 
 template <class T>
 ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, int x_layout,
-                      int y_layout) {
+                      int y_layout, const py::array& values, int threads) {
   check_batch(N);
   if (geometry.size() != 13)
     refuse("geometry", "(IC, H, W, OC, KH, KW, SH, SW, PH, PW, DH, DW, G)",
@@ -192,7 +216,11 @@ ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<i
       refuse("geometry", "sizes, strides and dilations of at least 1", std::to_string(geometry[size_t(i)]));
   if (a.IC % a.G || a.OC % a.G) refuse("geometry", "channels divisible by groups", std::to_string(a.G) + " groups");
   const int64_t reach_y = int64_t(a.DH) * (a.KH - 1), reach_x = int64_t(a.DW) * (a.KW - 1);
-  const int64_t oh = a.H + 2 * int64_t(a.PH) - reach_y - 1, ow = a.W + 2 * int64_t(a.PW) - reach_x - 1;
+  const int64_t padded_h = a.H + 2 * int64_t(a.PH), padded_w = a.W + 2 * int64_t(a.PW);
+  if (std::max(padded_h, padded_w) > INT32_MAX)
+    refuse("geometry", "a padded image of at most 2147483647 rows and columns",
+           std::to_string(padded_h) + " x " + std::to_string(padded_w));
+  const int64_t oh = padded_h - reach_y - 1, ow = padded_w - reach_x - 1;
   if (oh < 0 || ow < 0)
     refuse("x", "an image at least as large as the kernel", std::to_string(a.H) + " x " + std::to_string(a.W));
   a.OH = int(oh / a.SH + 1);
@@ -207,24 +235,19 @@ ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<i
     refuse("x", "a band of rows of less than 2**31 elements", "a larger image");
   a.x_layout = layout_of("x_layout", x_layout, 2);
   a.y_layout = layout_of("y_layout", y_layout, 2);
+  a.values = in<T>("values", values, a.index.nnz);
+  a.threads = team(threads, double(N) * a.OH * a.OW * double(a.index.nnz + a.OC + a.IC));
   return a;
-}
-
-template <class T>
-int64_t conv_work(const ConvArgs<T>& a) {
-  return a.N * a.OH * a.OW * (a.index.nnz + a.OC + a.IC);
 }
 
 void conv2d_forward(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, const py::array& x,
                     int x_layout, const py::array& values, const Maybe& bias, py::array y, int y_layout, int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
-    ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout);
-    a.values = in<T>("values", values, a.index.nnz);
+    ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout, values, threads);
     a.bias = maybe_in<T>("bias", bias, a.OC);
-    a.x = in<T>("x", x, padded(N, a.x_layout) * a.IC * a.H * a.W);
-    a.y = out<T>("y", y, padded(N, a.y_layout) * a.OC * a.OH * a.OW);
-    a.threads = team(threads, conv_work(a));
+    a.x = in<T>("x", x, elements("x", N, a.x_layout, {a.IC, a.H, a.W}));
+    a.y = out<T>("y", y, elements("y", N, a.y_layout, {a.OC, a.OH, a.OW}));
     py::gil_scoped_release nogil;
     kernels_of<T>().conv2d_forward(a);
   });
@@ -235,15 +258,9 @@ void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<in
                      Maybe grad_values, Maybe grad_bias, int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
-    ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout);
-    a.values = in<T>("values", values, a.index.nnz);
-    a.grad_y = in<T>("grad_y", grad_y, padded(N, a.y_layout) * a.OC * a.OH * a.OW);
-    a.x = maybe_in<T>("x", x, padded(N, a.x_layout) * a.IC * a.H * a.W);
-    a.grad_x = maybe_out<T>("grad_x", grad_x, padded(N, a.x_layout) * a.IC * a.H * a.W);
-    a.grad_values = maybe_out<T>("grad_values", grad_values, a.index.nnz);
-    a.grad_bias = maybe_out<T>("grad_bias", grad_bias, a.OC);
-    if (a.grad_values && !a.x) refuse("x", "the input of the layer, for grad_values", "None");
-    a.threads = team(threads, conv_work(a));
+    ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout, values, threads);
+    check_backward(a, elements("x", N, a.x_layout, {a.IC, a.H, a.W}),
+                   elements("grad_y", N, a.y_layout, {a.OC, a.OH, a.OW}), grad_y, x, grad_x, grad_values, grad_bias);
     py::gil_scoped_release nogil;
     kernels_of<T>().conv2d_backward(a);
   });
@@ -257,9 +274,9 @@ void repack(bool packing, int64_t N, int64_t C, int64_t P, const py::array& src,
     PackArgs<T> a{N,
                   C,
                   P,
-                  in<T>("src", src, padded(N, from) * C * P),
-                  out<T>("dst", dst, padded(N, to) * C * P),
-                  team(threads, N * C * P)};
+                  in<T>("src", src, elements("src", N, from, {C, P})),
+                  out<T>("dst", dst, elements("dst", N, to, {C, P})),
+                  team(threads, double(N) * double(C) * double(P))};
     py::gil_scoped_release nogil;
     (packing ? kernels_of<T>().pack : kernels_of<T>().unpack)(a);
   });
@@ -303,7 +320,7 @@ void linbreg_step(py::array p, const py::array& g, py::array v, Maybe m, const M
                   lam,
                   weight_decay,
                   maximize ? -1.0 : 1.0,
-                  team(threads, n)};
+                  team(threads, double(n))};
     py::gil_scoped_release nogil;
     kernels_of<T>().linbreg_step(a);
   });
@@ -328,38 +345,45 @@ void max_pool(int64_t planes, const std::vector<int>& geometry, const Maybe& x, 
     }
     // Every window must begin inside of the image (past the padding) and hold at least one tap of it.
     auto fits = [](int size, int out, int k, int s, int p, int d) {
-      return 2 * p <= k && d <= size && int64_t(out - 1) * s - p < size && int64_t(k - 1) * d - p >= 0;
+      const int64_t reach = int64_t(k - 1) * d;
+      return 2 * p <= k && d <= size && int64_t(out - 1) * s - p < size && reach >= p && size + reach <= INT32_MAX;
     };
     if (!fits(a.H, a.OH, a.KH, a.SH, a.PH, a.DH) || !fits(a.W, a.OW, a.KW, a.SW, a.PW, a.DW) ||
         int64_t(a.KH) * a.KW > 256)
       refuse("geometry", "windows of at most 256 taps that begin inside of the image", "others");
     a.planes = planes;
-    const int64_t in_size = planes * a.H * a.W * LANES, out_size = planes * a.OH * a.OW * LANES;
+    const int64_t in_size = elements("x", planes, Layout::plain, {a.H, a.W, LANES});
+    const int64_t out_size = elements("y", planes, Layout::plain, {a.OH, a.OW, LANES});
     a.x = maybe_in<T>("x", x, in_size);
     a.y = maybe_out<T>("y", y, out_size);
-    a.codes = out<uint8_t>("codes", codes, out_size);
+    // Backward only reads them.
+    a.codes =
+        forward ? out<uint8_t>("codes", codes, out_size) : const_cast<uint8_t*>(in<uint8_t>("codes", codes, out_size));
     a.grad_y = maybe_in<T>("grad_y", grad_y, out_size);
     a.grad_x = maybe_out<T>("grad_x", grad_x, in_size);
-    a.threads = team(threads, out_size);
+    a.threads = team(threads, double(out_size));
     py::gil_scoped_release nogil;
     (forward ? kernels_of<T>().max_pool_forward : kernels_of<T>().max_pool_backward)(a);
   });
 }
 
+// Arguments with x in place; `size` is its number of elements.
 template <class T>
-NormArgs<T> norm_args(int64_t N, int64_t C, int64_t P, int threads) {
+NormArgs<T> norm_args(int64_t N, int64_t C, int64_t P, const py::array& x, int64_t* size, int threads) {
   if (N < 1 || C < 1 || P < 1) refuse("x", "at least one sample, channel and position", "none");
   NormArgs<T> a{};
   a.N = N, a.C = C, a.P = P;
-  a.threads = team(threads, N * C * P);
+  *size = elements("x", N, Layout::lanes, {C, P});
+  a.x = in<T>("x", x, *size);
+  a.threads = team(threads, double(N) * double(C) * double(P));
   return a;
 }
 
 void norm_stats(int64_t N, int64_t C, int64_t P, const py::array& x, py::array mean, py::array var, int threads) {
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    NormArgs<T> a = norm_args<T>(N, C, P, threads);
-    a.x = in<T>("x", x, padded(N, Layout::lanes) * C * P);
+    int64_t size;
+    NormArgs<T> a = norm_args<T>(N, C, P, x, &size, threads);
     a.mean = out<T>("mean", mean, C);
     a.var = out<T>("var", var, C);
     py::gil_scoped_release nogil;
@@ -371,9 +395,8 @@ void norm_apply(int64_t N, int64_t C, int64_t P, const py::array& x, const py::a
                 const Maybe& residual, bool relu, py::array y, int threads) {
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    NormArgs<T> a = norm_args<T>(N, C, P, threads);
-    const int64_t size = padded(N, Layout::lanes) * C * P;
-    a.x = in<T>("x", x, size);
+    int64_t size;
+    NormArgs<T> a = norm_args<T>(N, C, P, x, &size, threads);
     a.y = out<T>("y", y, size);
     a.scale = in<T>("scale", scale, C);
     a.shift = in<T>("shift", shift, C);
@@ -384,16 +407,23 @@ void norm_apply(int64_t N, int64_t C, int64_t P, const py::array& x, const py::a
   });
 }
 
+// What both passes of the gradient take.
+template <class T>
+NormArgs<T> norm_grad_args(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y,
+                           const Maybe& result, const py::array& mean, int64_t* size, int threads) {
+  NormArgs<T> a = norm_args<T>(N, C, P, x, size, threads);
+  a.grad_y = in<T>("grad_y", grad_y, *size);
+  a.result = maybe_in<T>("result", result, *size);
+  a.mean = const_cast<T*>(in<T>("mean", mean, C));  // read here; norm_stats writes it
+  return a;
+}
+
 void norm_reduce(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y, const Maybe& result,
-                 py::array mean, py::array sum_g, py::array sum_gx, int threads) {
+                 const py::array& mean, py::array sum_g, py::array sum_gx, int threads) {
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    NormArgs<T> a = norm_args<T>(N, C, P, threads);
-    const int64_t size = padded(N, Layout::lanes) * C * P;
-    a.x = in<T>("x", x, size);
-    a.grad_y = in<T>("grad_y", grad_y, size);
-    a.result = maybe_in<T>("result", result, size);
-    a.mean = out<T>("mean", mean, C);
+    int64_t size;
+    NormArgs<T> a = norm_grad_args<T>(N, C, P, x, grad_y, result, mean, &size, threads);
     a.sum_g = out<T>("sum_g", sum_g, C);
     a.sum_gx = out<T>("sum_gx", sum_gx, C);
     py::gil_scoped_release nogil;
@@ -402,16 +432,12 @@ void norm_reduce(int64_t N, int64_t C, int64_t P, const py::array& x, const py::
 }
 
 void norm_grad(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y, const Maybe& result,
-               py::array mean, const py::array& scale, const py::array& slope, const py::array& shift, py::array grad_x,
-               Maybe grad_residual, int threads) {
+               const py::array& mean, const py::array& scale, const py::array& slope, const py::array& shift,
+               py::array grad_x, Maybe grad_residual, int threads) {
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    NormArgs<T> a = norm_args<T>(N, C, P, threads);
-    const int64_t size = padded(N, Layout::lanes) * C * P;
-    a.x = in<T>("x", x, size);
-    a.grad_y = in<T>("grad_y", grad_y, size);
-    a.result = maybe_in<T>("result", result, size);
-    a.mean = out<T>("mean", mean, C);
+    int64_t size;
+    NormArgs<T> a = norm_grad_args<T>(N, C, P, x, grad_y, result, mean, &size, threads);
     a.scale = in<T>("scale", scale, C);
     a.slope = in<T>("slope", slope, C);
     a.shift = in<T>("shift", shift, C);
@@ -425,19 +451,20 @@ void norm_grad(int64_t N, int64_t C, int64_t P, const py::array& x, const py::ar
 template <class T>
 py::tuple csr(const T* dense, int64_t rows, int64_t cols, int threads) {
   py::array_t<int32_t> rowptr(rows + 1);
-  const int t = team(threads, rows * cols);
-  const int64_t nnz = count_rows(dense, rows, cols, rowptr.mutable_data(), t);
+  const int t = team(threads, double(rows) * double(cols));
+  std::vector<uint64_t> bits(size_t(rows * row_words(cols)));
+  const int64_t nnz = mark_nonzeros(dense, rows, cols, bits.data(), rowptr.mutable_data(), t);
   if (nnz < 0) refuse("mask", "at most 2147483647 nonzeros", "more");
   py::array_t<int32_t> col(nnz);
-  fill_columns(dense, rows, cols, rowptr.data(), col.mutable_data(), t);
+  fill_columns(bits.data(), rows, cols, rowptr.data(), col.mutable_data(), t);
   return py::make_tuple(rowptr, col);
 }
 
 // (rowptr, col) of the nonzeros of a float32, float64 or boolean matrix.
 py::tuple csr_from_dense(const py::array& dense, int threads) {
   if (dense.ndim() != 2) refuse("dense", "two dimensions", std::to_string(dense.ndim()));
-  const int64_t rows = dense.shape(0), cols = dense.shape(1), size = rows * cols;
-  if (cols > INT32_MAX || rows > INT32_MAX) refuse("dense", "sizes below 2**31", std::to_string(std::max(rows, cols)));
+  const int64_t rows = dense.shape(0), cols = dense.shape(1), size = dense.size();
+  check_shape("dense", rows, cols);
   if (dense.dtype().is(py::dtype::of<float>())) return csr(in<float>("dense", dense, size), rows, cols, threads);
   if (dense.dtype().is(py::dtype::of<double>())) return csr(in<double>("dense", dense, size), rows, cols, threads);
   return csr(reinterpret_cast<const uint8_t*>(in<bool>("dense", dense, size)), rows, cols, threads);
@@ -445,6 +472,7 @@ py::tuple csr_from_dense(const py::array& dense, int threads) {
 
 // rowptr and col are checked by the NativeIndex made of the result; here only what keeps memory safe.
 py::tuple transpose(int64_t rows, int64_t cols, const py::array& rowptr, const py::array& col) {
+  check_shape("shape", rows, cols);
   const int32_t* ptr = in<int32_t>("rowptr", rowptr, rows + 1);
   const int32_t* index = in<int32_t>("col", col, col.size());
   const int64_t nnz = col.size();
@@ -464,7 +492,9 @@ void gather_values(const NativeIndex& pattern, const py::array& dense, py::array
     const Index& ix = pattern.index;
     const T* d = in<T>("dense", dense, ix.rows * ix.cols);
     T* v = out<T>("values", values, ix.nnz);
-    gather<T>(d, ix.rows, ix.cols, ix.rowptr, ix.col, v, team(threads, ix.nnz));
+    const int t = team(threads, double(ix.nnz));
+    py::gil_scoped_release nogil;
+    gather<T>(d, ix.rows, ix.cols, ix.rowptr, ix.col, v, t);
   });
 }
 
@@ -474,7 +504,9 @@ void scatter_values(const NativeIndex& pattern, const py::array& values, py::arr
     const Index& ix = pattern.index;
     const T* v = in<T>("values", values, ix.nnz);
     T* d = out<T>("dense", dense, ix.rows * ix.cols);
-    scatter<T>(v, ix.rows, ix.cols, ix.rowptr, ix.col, d, team(threads, ix.nnz));
+    const int t = team(threads, double(ix.nnz));
+    py::gil_scoped_release nogil;
+    scatter<T>(v, ix.rows, ix.cols, ix.rowptr, ix.col, d, t);
   });
 }
 

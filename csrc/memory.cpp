@@ -1,8 +1,12 @@
 #include "memory.h"
 
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -25,6 +29,7 @@ constexpr size_t HUGE_PAGE = size_t(2) << 20;
 void* scratch_bytes(Slot slot, size_t bytes) {
   Buffer& b = buffers[slot];
   if (bytes <= b.size) return b.data;
+  if (bytes > SIZE_MAX / 2) throw std::bad_alloc();  // what follows would overflow
   std::free(b.data);
   b.data = nullptr;
   b.size = 0;
@@ -38,6 +43,14 @@ void* scratch_bytes(Slot slot, size_t bytes) {
   b.data = p;
   b.size = size;
   return p;
+}
+
+int team_member() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
 }
 
 size_t release_scratch() {

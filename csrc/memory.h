@@ -12,6 +12,9 @@ enum Slot { slot_source, slot_dest, slot_plan, slot_grad, slot_sums, slot_count 
 // Throws std::bad_alloc.
 void* scratch_bytes(Slot slot, size_t bytes);
 
+// The calling thread's number in its team.
+int team_member();
+
 // Gives the calling thread's buffers back; returns how many bytes they held.
 size_t release_scratch();
 
@@ -19,5 +22,18 @@ template <class T>
 T* scratch(Slot slot, size_t count) {
   return static_cast<T*>(scratch_bytes(slot, count * sizeof(T)));
 }
+
+// `count` elements for each thread of a team, taken before the parallel region: no exception may leave one.
+template <class T>
+class TeamScratch {
+ public:
+  TeamScratch(Slot slot, int threads, size_t count)
+      : step_((count * sizeof(T) + 63) / 64 * 64 / sizeof(T)), data_(scratch<T>(slot, step_ * size_t(threads))) {}
+  T* mine() const { return data_ + step_ * size_t(team_member()); }
+
+ private:
+  size_t step_;  // whole cache lines: threads write next to each other
+  T* data_;
+};
 
 }  // namespace sparsebreg

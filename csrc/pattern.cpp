@@ -5,16 +5,8 @@
 
 namespace sparsebreg {
 
-template <class T>
-int64_t count_rows(const T* dense, int64_t rows, int64_t cols, int32_t* rowptr, int threads) {
+int64_t sum_counts(int64_t rows, int32_t* rowptr) {
   rowptr[0] = 0;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* d = dense + r * cols;
-    int32_t count = 0;
-    for (int64_t c = 0; c < cols; ++c) count += d[c] != T(0);
-    rowptr[r + 1] = count;
-  }
   int64_t total = 0;
   for (int64_t r = 0; r < rows; ++r) {
     total += rowptr[r + 1];
@@ -24,32 +16,51 @@ int64_t count_rows(const T* dense, int64_t rows, int64_t cols, int32_t* rowptr, 
   return total;
 }
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "nonzero_bits packs bytes in memory order");
+
+// Bit i: d[i] is not zero. The comparisons, to bytes of 0 and 1, are what compilers vectorise.
 template <class T>
-void fill_columns(const T* dense, int64_t rows, int64_t cols, const int32_t* rowptr, int32_t* col, int threads) {
-  constexpr int BLOCK = 64 / sizeof(T) < 16 ? 64 / sizeof(T) : 16;
+static uint64_t nonzero_bits(const T* d) {
+  alignas(16) uint8_t nonzero[64];
+  for (int i = 0; i < 64; ++i) nonzero[i] = d[i] != T(0);
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; i += 8) {
+    uint64_t bytes;
+    std::memcpy(&bytes, nonzero + i, 8);
+    bits |= bytes * 0x0102040810204080 >> 56 << i;  // the top byte gathers byte j's lowest bit as its bit j
+  }
+  return bits;
+}
+
+template <class T>
+int64_t mark_nonzeros(const T* dense, int64_t rows, int64_t cols, uint64_t* bits, int32_t* rowptr, int threads) {
+  const int64_t words = row_words(cols);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t r = 0; r < rows; ++r) {
     const T* d = dense + r * cols;
-    int32_t* out = col + rowptr[r];
-    const int32_t* end = col + rowptr[r + 1];
+    uint64_t* word = bits + r * words;
     int64_t c = 0;
-    // A block at a time: most blocks of a sparse row are skipped by one test.
-    for (; c + BLOCK <= cols && out < end; c += BLOCK) {
-      int any = 0;
-      for (int i = 0; i < BLOCK; ++i) any |= d[c + i] != T(0);
-      if (!any) continue;
-      if (end - out > BLOCK) {  // room to write without asking: where the nonzeros are is hard to predict
-        for (int i = 0; i < BLOCK; ++i) {
-          *out = int32_t(c + i);
-          out += d[c + i] != T(0);
-        }
-      } else {
-        for (int i = 0; i < BLOCK; ++i)
-          if (d[c + i] != T(0)) *out++ = int32_t(c + i);
-      }
+    for (; c + 64 <= cols; c += 64) word[c / 64] = nonzero_bits(d + c);
+    if (c < cols) {
+      T rest[64] = {};
+      std::memcpy(rest, d + c, size_t(cols - c) * sizeof(T));
+      word[c / 64] = nonzero_bits(rest);
     }
-    for (; c < cols && out < end; ++c)
-      if (d[c] != T(0)) *out++ = int32_t(c);
+    int32_t count = 0;
+    for (int64_t w = 0; w < words; ++w) count += __builtin_popcountll(word[w]);
+    rowptr[r + 1] = count;
+  }
+  return sum_counts(rows, rowptr);
+}
+
+void fill_columns(const uint64_t* bits, int64_t rows, int64_t cols, const int32_t* rowptr, int32_t* col, int threads) {
+  const int64_t words = row_words(cols);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t r = 0; r < rows; ++r) {
+    int32_t* out = col + rowptr[r];
+    for (int64_t w = 0; w < words; ++w)
+      for (uint64_t left = bits[r * words + w]; left; left &= left - 1)
+        *out++ = int32_t(w * 64 + __builtin_ctzll(left));
   }
 }
 
@@ -109,12 +120,9 @@ void scatter(const T* values, int64_t rows, int64_t cols, const int32_t* rowptr,
     for (int32_t k = rowptr[r]; k < rowptr[r + 1]; ++k) dense[r * cols + col[k]] = values[k];
 }
 
-template int64_t count_rows(const uint8_t*, int64_t, int64_t, int32_t*, int);
-template int64_t count_rows(const float*, int64_t, int64_t, int32_t*, int);
-template int64_t count_rows(const double*, int64_t, int64_t, int32_t*, int);
-template void fill_columns(const uint8_t*, int64_t, int64_t, const int32_t*, int32_t*, int);
-template void fill_columns(const float*, int64_t, int64_t, const int32_t*, int32_t*, int);
-template void fill_columns(const double*, int64_t, int64_t, const int32_t*, int32_t*, int);
+template int64_t mark_nonzeros(const uint8_t*, int64_t, int64_t, uint64_t*, int32_t*, int);
+template int64_t mark_nonzeros(const float*, int64_t, int64_t, uint64_t*, int32_t*, int);
+template int64_t mark_nonzeros(const double*, int64_t, int64_t, uint64_t*, int32_t*, int);
 template void gather(const float*, int64_t, int64_t, const int32_t*, const int32_t*, float*, int);
 template void gather(const double*, int64_t, int64_t, const int32_t*, const int32_t*, double*, int);
 template void scatter(const float*, int64_t, int64_t, const int32_t*, const int32_t*, float*, int);

@@ -7,14 +7,20 @@
 
 namespace sparsebreg {
 
-// Number of nonzeros in each row of dense (rows x cols; T is uint8_t for a mask), as rowptr (rows + 1). Returns nnz, or
-// -1 where it does not fit int32 (rowptr is then unspecified). NaN counts as nonzero. Cost: one pass.
-template <class T>
-int64_t count_rows(const T* dense, int64_t rows, int64_t cols, int32_t* rowptr, int threads);
+// Turns counts, that of row r at rowptr[r + 1], into starts. Returns their sum, or -1 where it does not fit int32.
+int64_t sum_counts(int64_t rows, int32_t* rowptr);
 
-// Column indices of the nonzeros, ascending inside each row. rowptr from count_rows; col has nnz places.
+// Words of a row of one bit a column.
+inline int64_t row_words(int64_t cols) { return (cols + 63) / 64; }
+
+// Where dense (rows x cols; T is uint8_t for a mask) is not zero, as bits (rows x row_words(cols)), and the starts of
+// its rows, as rowptr (rows + 1). Returns nnz, or -1 where it does not fit int32. NaN counts as nonzero. Cost: one
+// pass.
 template <class T>
-void fill_columns(const T* dense, int64_t rows, int64_t cols, const int32_t* rowptr, int32_t* col, int threads);
+int64_t mark_nonzeros(const T* dense, int64_t rows, int64_t cols, uint64_t* bits, int32_t* rowptr, int threads);
+
+// Column indices of the nonzeros, ascending inside each row. bits and rowptr from mark_nonzeros; col has nnz places.
+void fill_columns(const uint64_t* bits, int64_t rows, int64_t cols, const int32_t* rowptr, int32_t* col, int threads);
 
 // The transposed index: colptr (cols + 1), row and csc_to_csr (nnz), rows ascending inside each column. O(nnz + cols).
 void transpose_index(int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, int32_t* colptr,

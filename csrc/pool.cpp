@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <cstdint>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -31,6 +32,7 @@ Pool& pool() {
 }  // namespace
 
 void* pool_take(size_t bytes, size_t* size) {
+  if (bytes > SIZE_MAX / 2) throw std::bad_alloc();  // rounding up would overflow
   const size_t step = bytes < BLOCK ? PIECE : BLOCK;
   const size_t want = bytes == 0 ? step : (bytes + step - 1) / step * step;
   Pool& p = pool();

@@ -75,7 +75,10 @@ class SparsePattern:
         put = object.__setattr__
         put(self, "shape", shape)
         put(self, "rowptr", _int32("rowptr", self.rowptr, rows + 1))
-        put(self, "col", _int32("col", self.col, len(self.col) if isinstance(self.col, torch.Tensor) else 0))
+        nnz = len(self.col) if isinstance(self.col, torch.Tensor) else 0
+        if nnz > _INT32_MAX:
+            raise ValueError(expected("col", f"at most {_INT32_MAX} nonzeros", nnz))
+        put(self, "col", _int32("col", self.col, nnz))
         ptr, col = self.rowptr.numpy(), self.col.numpy()
         if ptr[0] != 0 or ptr[-1] != len(col) or (np.diff(ptr) < 0).any():
             raise ValueError(expected("rowptr", f"values that never fall, from 0 to {len(col)}", "others"))

@@ -100,3 +100,59 @@ def test_results_can_be_changed_in_place():
         outputs.append(y)
     assert torch.allclose(*outputs, atol=1e-5)
     assert torch.allclose(sparse.values.grad, layer.weight.grad[mask], rtol=1e-3, atol=1e-2)
+
+
+@pooled
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux counts it")
+@pytest.mark.parametrize("wanted", ["forward", "x", "values"])
+def test_running_out_of_memory_is_an_error(wanted):
+    """Kernels take their working memory, 30 MB a thread here, where an exception can be raised."""
+    code = """
+import resource, sys, torch
+import sparsebreg as sb
+from sparsebreg import _extension
+
+torch.set_num_threads(2)
+wanted = sys.argv[1]
+weight = torch.zeros(8, 512, 3, 3)
+weight[:, ::7, 1, 1] = 1.0
+pattern = sb.SparsePattern.from_nonzeros(weight)
+values = pattern.gather(weight).requires_grad_(wanted != "x")
+x = torch.randn(1, 512, 8, 256).requires_grad_(wanted != "values")
+
+def run():
+    y = sb.nn.functional.sparse_conv2d(x, pattern, values, None, sb.functional.Geometry(padding=(1, 1)))
+    if wanted == "forward":
+        limit()
+        return sb.nn.functional.sparse_conv2d(x, pattern, values, None, sb.functional.Geometry(padding=(1, 1)))
+    limit()
+    y.sum().backward()
+
+def limit():
+    if limited:
+        _extension.native().release_scratch()
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20), before[1]))
+
+before, limited = resource.getrlimit(resource.RLIMIT_AS), False
+run()  # threads are made
+limited = True
+try:
+    run()
+except MemoryError:
+    print("refused")
+resource.setrlimit(resource.RLIMIT_AS, before)
+limited = False
+x.grad = values.grad = None
+y = run()
+if wanted == "forward":
+    assert torch.allclose(y, torch.nn.functional.conv2d(x, weight, padding=1), atol=1e-4)
+elif wanted == "x":
+    assert torch.equal(x.grad, weight[:, :, 1, 1].sum(0)[None, :, None, None].expand_as(x))
+else:
+    wide = x.sum((0, 2, 3))[pattern.col.long() // 9]
+    assert torch.allclose(values.grad, wide, atol=1e-2)
+print("and right afterwards")
+"""
+    done = subprocess.run([sys.executable, "-c", code, wanted], capture_output=True, text=True, check=False)
+    assert done.stdout == "refused\nand right afterwards\n", done.stdout + done.stderr

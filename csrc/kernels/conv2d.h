@@ -240,13 +240,15 @@ void conv2d_forward(const ConvArgs<T>& a) {
   const int parts = split_channels(blocks * bands, a.threads, a.OC);
   const int64_t plane = int64_t(a.OH) * a.OW;
   const bool past_the_caches = !through && should_stream(a.y, blocks * LANES * a.OC * plane * int64_t(sizeof(T)));
+  const int64_t line_size = int64_t(b.RB * b.SY + b.SY) * a.W * LANES;
+  const TeamScratch<T> sources(slot_source, a.threads, b.C * b.channel + line_size + tile_sums(a.OC, st.chunks));
+  const TeamScratch<T> dests(slot_dest, a.threads, through ? int64_t(a.OC) * b.rows * a.OW * LANES : 0);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
-    const int64_t line_size = int64_t(b.RB * b.SY + b.SY) * a.W * LANES;
-    T* band = scratch<T>(slot_source, b.C * b.channel + line_size + tile_sums(a.OC, st.chunks));
+    T* band = sources.mine();
     T* line = band + b.C * b.channel;
     T* sums = line + line_size;
-    T* out = through ? scratch<T>(slot_dest, int64_t(a.OC) * b.rows * a.OW * LANES) : nullptr;
+    T* out = dests.mine();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < blocks * bands * parts; ++task) {
       const int part = int(task % parts);
@@ -385,13 +387,15 @@ void conv2d_grad_x(const ConvArgs<T>& a) {
   const int64_t plane = int64_t(a.H) * a.W;
   const int64_t step = int64_t(phases) * chunks;
   const bool past_the_caches = !through && should_stream(a.grad_x, blocks * LANES * a.IC * plane * int64_t(sizeof(T)));
+  const int64_t line_size = int64_t(b.RB + 1) * a.OW * LANES;
+  const TeamScratch<T> sources(slot_source, a.threads, b.C * b.channel + line_size + tile_sums(a.IC, chunks));
+  const TeamScratch<T> dests(slot_dest, a.threads, through ? int64_t(a.IC) * b.rows * a.SH * a.W * LANES : 0);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
-    const int64_t line_size = int64_t(b.RB + 1) * a.OW * LANES;
-    T* band = scratch<T>(slot_source, b.C * b.channel + line_size + tile_sums(a.IC, chunks));
+    T* band = sources.mine();
     T* line = band + b.C * b.channel;
     T* sums = line + line_size;
-    T* out = through ? scratch<T>(slot_dest, int64_t(a.IC) * b.rows * a.SH * a.W * LANES) : nullptr;
+    T* out = dests.mine();
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < blocks * bands * parts; ++task) {
       const int part = int(task % parts);
@@ -465,11 +469,14 @@ void conv2d_grad_values(const ConvArgs<T>& a) {
   const int teams = int(least<int64_t>(a.threads, tasks));
   T* sums = scratch<T>(slot_sums, width * teams);
   const int OCg = a.OC / a.G, ICg = a.IC / a.G;
+  const int64_t line_size = int64_t(b.RB * b.SY + b.SY) * a.W * LANES;
+  const TeamScratch<T> sources(slot_source, a.threads, b.C * b.channel + line_size);
+  const TeamScratch<T> grads(slot_grad, a.threads, int64_t(a.OC) * b.rows * a.OW * LANES);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
-    T* band = scratch<T>(slot_source, b.C * b.channel + int64_t(b.RB * b.SY + b.SY) * a.W * LANES);
+    T* band = sources.mine();
     T* line = band + b.C * b.channel;
-    T* grad = scratch<T>(slot_grad, int64_t(a.OC) * b.rows * a.OW * LANES);
+    T* grad = grads.mine();
     // Team m works through a fixed share of the tasks, so that the result does not depend on timing. With more threads
     // than tasks, a team's threads share its channels.
 #pragma omp for schedule(static)

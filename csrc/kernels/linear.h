@@ -197,9 +197,10 @@ void linear_forward(const LinearArgs<T>& a) {
   T* packed = scratch<T>(slot_source, s.tiles * p.TL * LANES * ix.cols);
   p.packed = packed;
   const int64_t plans = p.split ? div_up(ix.rows, 64) : 0, tasks = s.units() * s.parts;
+  const TeamScratch<T> groups(slot_dest, a.threads, 16 * GROUP * int64_t(p.TL) * LANES);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
-    T* group = scratch<T>(slot_dest, 16 * GROUP * int64_t(p.TL) * LANES);
+    T* group = groups.mine();
     // Both loops hand the same tasks to the same threads: with one part per unit no thread needs another's packing.
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < tasks; ++i)
@@ -235,6 +236,7 @@ void linear_backward(const LinearArgs<T>& a) {
   const int parts = linear_parts(a.threads, ix.rows);
   const int64_t plans = a.grad_x && back.split ? div_up(ix.cols, 64) : 0, tasks = s.units() * s.parts;
   const CorrelateFn<T> fn = correlate_fn<T>(1, TL);
+  const TeamScratch<T> groups(slot_dest, a.threads, a.grad_x ? 16 * GROUP * int64_t(TL) * LANES : 0);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
 #pragma omp for schedule(static) nowait
@@ -248,7 +250,7 @@ void linear_backward(const LinearArgs<T>& a) {
 #pragma omp barrier
     }
     if (a.grad_x) {
-      T* group = scratch<T>(slot_dest, 16 * GROUP * int64_t(TL) * LANES);
+      T* group = groups.mine();
 #pragma omp for schedule(static) nowait
       for (int64_t i = 0; i < tasks; ++i) compute_unit(back, s, i / s.parts, int(i % s.parts), group);
     }

@@ -1,0 +1,504 @@
+// Every kernel of every instruction set that this CPU has, against plain loops in double. Needs a C++ compiler alone:
+// `make test-kernels` runs it on this machine, `make test-neon` cross-compiled and emulated.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "pattern.h"
+
+using namespace sparsebreg;
+
+namespace {
+
+using Doubles = std::vector<double>;
+
+int compared = 0, failed = 0;
+std::string where;  // the case at hand
+
+void fail(const std::string& what) {
+  std::printf("FAILED %s: %s\n", where.c_str(), what.c_str());
+  if (++failed == 10) std::exit(1);
+}
+
+// One line a family of cases, with what was compared since the last one.
+void family(const char* name) {
+  std::string isas;
+  for (const std::string& isa : available_isas()) isas += " " + isa;
+  std::printf("%-12s %6d results compared on%s\n", name, compared, isas.c_str());
+  if (compared == 0 || failed) std::exit(1);
+  compared = 0;
+}
+
+std::string text(std::initializer_list<int64_t> numbers) {
+  std::string s;
+  for (int64_t n : numbers) s += (s.empty() ? "" : " ") + std::to_string(n);
+  return s;
+}
+
+// A float between -1 and 1: float and double kernels share one result.
+double uniform() {
+  static std::mt19937 bits(7);
+  return std::uniform_real_distribution<float>(-1, 1)(bits);
+}
+
+Doubles random_doubles(int64_t count) {
+  Doubles x(size_t(count), 0.0);
+  for (double& v : x) v = uniform();
+  return x;
+}
+
+// A tensor (N, C, P) in one of the layouts.
+struct Shape {
+  int64_t N, C, P;
+  Layout layout;
+  int64_t size() const { return (layout == Layout::lanes ? (N + LANES - 1) / LANES * LANES : N) * C * P; }
+  int64_t at(int64_t n, int64_t c, int64_t p) const {
+    if (layout == Layout::lanes) return ((n / LANES * C + c) * P + p) * LANES + n % LANES;
+    return layout == Layout::plain ? (n * C + c) * P + p : (n * P + p) * C + c;
+  }
+};
+
+// Elements on a cache line's border, NaN at first: what a kernel reads but should not, or fails to write, is seen.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data(static_cast<T*>(std::aligned_alloc(64, (size_t(count) * sizeof(T) + 127) / 64 * 64))) {
+    for (int64_t i = 0; i < count; ++i) data[i] = std::numeric_limits<T>::quiet_NaN();
+  }
+  Buffer(const Shape& s, const Doubles& x) : Buffer(s.size()) {
+    size_t i = 0;
+    for (int64_t n = 0; n < s.N; ++n)
+      for (int64_t c = 0; c < s.C; ++c)
+        for (int64_t p = 0; p < s.P; ++p) data[s.at(n, c, p)] = T(x[i++]);
+  }
+  explicit Buffer(const Doubles& x) : Buffer(Shape{1, 1, int64_t(x.size()), Layout::plain}, x) {}
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(data); }
+  operator T*() { return data; }
+
+  T* data;
+};
+
+template <class T>
+void compare(const char* what, const Buffer<T>& got, const Shape& s, const Doubles& wanted) {
+  ++compared;
+  double size = 1;
+  for (double w : wanted)
+    if (std::isfinite(w)) size = std::max(size, std::abs(w));
+  const double limit = size * (sizeof(T) == 4 ? 2e-5 : 1e-12);
+  size_t i = 0;
+  for (int64_t n = 0; n < s.N; ++n)
+    for (int64_t c = 0; c < s.C; ++c)
+      for (int64_t p = 0; p < s.P; ++p, ++i) {
+        const double g = double(got.data[s.at(n, c, p)]), w = wanted[i];
+        if (std::isnan(w) ? std::isnan(g) : std::abs(g - w) <= limit) continue;
+        return fail(std::string(what) + "[" + text({n, c, p}) + "]: expected " + std::to_string(w) + ", got " +
+                    std::to_string(g));
+      }
+}
+
+template <class T>
+void compare(const char* what, const Buffer<T>& got, const Doubles& wanted) {
+  compare(what, got, Shape{1, 1, int64_t(wanted.size()), Layout::plain}, wanted);
+}
+
+template <class I>
+void same(const char* what, const std::vector<I>& got, const std::vector<I>& wanted) {
+  ++compared;
+  if (got != wanted) fail(std::string(what) + " differs");
+}
+
+// A matrix with nonzeros at random places, its index made by plain loops. A row in five is empty, but for density 1.
+struct Pattern {
+  Pattern(int64_t rows, int64_t cols, double density) : at(size_t(rows * cols), -1), rowptr{0}, colptr{0} {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < cols; ++c)
+        if (density == 1 || (r % 5 != 2 && uniform() < 2 * density - 1)) {
+          at[size_t(r * cols + c)] = int32_t(col.size());
+          col.push_back(int32_t(c));
+        }
+      rowptr.push_back(int32_t(col.size()));
+    }
+    for (int64_t c = 0; c < cols; ++c) {
+      for (int64_t r = 0; r < rows; ++r)
+        if (const int32_t k = at[size_t(r * cols + c)]; k >= 0) row.push_back(int32_t(r)), csc_to_csr.push_back(k);
+      colptr.push_back(int32_t(row.size()));
+    }
+    values = random_doubles(int64_t(col.size()));
+    index =
+        Index{rows, cols, int64_t(col.size()), rowptr.data(), col.data(), colptr.data(), row.data(), csc_to_csr.data()};
+  }
+  Pattern(const Pattern&) = delete;
+
+  std::vector<int32_t> at;  // number of a place's nonzero, or -1
+  std::vector<int32_t> rowptr, col, colptr, row, csc_to_csr;
+  Doubles values;
+  Index index;
+};
+
+template <class T>
+const Kernels<T>& kernels();
+template <>
+const Kernels<float>& kernels<float>() {
+  return active_table().f32;
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return active_table().f64;
+}
+
+// f(T(), threads) for every instruction set, type and number of threads.
+template <class F>
+void everywhere(const std::string& name, F f) {
+  for (const std::string& isa : available_isas()) {
+    select_isa(isa);
+    for (int threads : {1, 2}) {
+      where = name + ", " + isa + ", float, threads " + std::to_string(threads);
+      f(float(0), threads);
+      where = name + ", " + isa + ", double, threads " + std::to_string(threads);
+      f(double(0), threads);
+    }
+  }
+}
+
+constexpr int BATCHES[] = {1, 7, 16, 29, 37};
+
+void test_linear() {
+  struct {
+    int64_t rows, cols;
+    double density;
+  } const cases[] = {{5, 7, .5},   {33, 40, .2}, {40, 33, .1},    {1, 50, .5},     {50, 1, .5},
+                     {6, 5, 1},    {6, 5, 0},    {24, 4000, .02}, {4000, 24, .02},  // the last two in several passes
+                     {130, 90, .1}};
+  for (const auto& c : cases) {
+    const Pattern p(c.rows, c.cols, c.density);
+    for (int64_t N : BATCHES) {
+      const Doubles x = random_doubles(N * c.cols), bias = random_doubles(c.rows), grad_y = random_doubles(N * c.rows);
+      Doubles y(size_t(N * c.rows)), grad_x(x.size()), grad_values(p.values.size()), grad_bias(bias.size());
+      for (int64_t n = 0; n < N; ++n)
+        for (int64_t r = 0; r < c.rows; ++r) {
+          const size_t o = size_t(n * c.rows + r);
+          y[o] = bias[size_t(r)];
+          grad_bias[size_t(r)] += grad_y[o];
+          for (int64_t s = 0; s < c.cols; ++s) {
+            const int32_t k = p.at[size_t(r * c.cols + s)];
+            if (k < 0) continue;
+            const size_t i = size_t(n * c.cols + s);
+            y[o] += p.values[size_t(k)] * x[i];
+            grad_x[i] += p.values[size_t(k)] * grad_y[o];
+            grad_values[size_t(k)] += grad_y[o] * x[i];
+          }
+        }
+      for (Layout xl : {Layout::plain, Layout::lanes})
+        for (Layout yl : {Layout::plain, Layout::lanes})
+          everywhere("linear " + text({c.rows, c.cols}) + " nnz " + text({p.index.nnz}) + " N " + text({N}) +
+                         " layouts " + text({int(xl), int(yl)}),
+                     [&](auto zero, int threads) {
+                       using T = decltype(zero);
+                       const Shape xs{N, c.cols, 1, xl}, ys{N, c.rows, 1, yl};
+                       Buffer<T> v(p.values), b(bias), in(xs, x), out(ys.size()), gy(ys, grad_y), gx(xs.size()),
+                           gv(p.index.nnz), gb(c.rows);
+                       LinearArgs<T> a{p.index, N, v, b, in, out, gy, gx, gv, gb, xl, yl, threads};
+                       kernels<T>().linear_forward(a);
+                       kernels<T>().linear_backward(a);
+                       compare("y", out, ys, y);
+                       compare("grad_x", gx, xs, grad_x);
+                       compare("grad_values", gv, grad_values);
+                       compare("grad_bias", gb, grad_bias);
+                     });
+    }
+  }
+  family("linear");
+}
+
+void test_conv2d() {
+  struct {
+    int IC, H, W, OC, KH, KW, SH, SW, PH, PW, DH, DW, G;
+    double density;
+  } const cases[] = {
+      {3, 7, 9, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, .3},    {4, 6, 40, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1, .3},
+      {8, 8, 8, 40, 3, 3, 2, 2, 1, 1, 1, 1, 1, .2},   {3, 9, 11, 5, 3, 3, 2, 2, 1, 1, 1, 1, 1, .4},
+      {6, 5, 6, 10, 1, 1, 1, 1, 0, 0, 1, 1, 1, .4},   {6, 7, 8, 10, 1, 1, 2, 2, 0, 0, 1, 1, 1, .4},
+      {2, 12, 12, 6, 5, 5, 1, 1, 0, 0, 1, 1, 1, .2},  {4, 11, 6, 6, 5, 3, 2, 1, 2, 0, 1, 2, 2, .5},
+      {4, 9, 9, 6, 3, 3, 1, 1, 2, 2, 2, 2, 1, .5},    {4, 13, 12, 6, 3, 3, 2, 3, 2, 1, 3, 2, 1, .5},
+      {6, 6, 6, 6, 3, 3, 1, 1, 1, 1, 1, 1, 6, .6},    {4, 8, 8, 4, 2, 2, 3, 3, 0, 0, 1, 1, 1, .5},
+      {3, 4, 4, 4, 2, 2, 1, 1, 3, 3, 1, 1, 1, .5},    {4, 1, 1, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1, .5},
+      {3, 5, 5, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},     {3, 5, 5, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1},
+      {64, 6, 6, 24, 3, 3, 1, 1, 1, 1, 1, 1, 1, .1},   // sums of a row in several passes
+      {16, 64, 64, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, .1}  // several bands; results written past the caches
+  };
+  for (const auto& c : cases) {
+    const int OH = (c.H + 2 * c.PH - c.DH * (c.KH - 1) - 1) / c.SH + 1;
+    const int OW = (c.W + 2 * c.PW - c.DW * (c.KW - 1) - 1) / c.SW + 1;
+    const int ICg = c.IC / c.G, OCg = c.OC / c.G;
+    const Pattern p(c.OC, int64_t(ICg) * c.KH * c.KW, c.density);
+    for (int64_t N : BATCHES) {
+      const bool large = c.H == 64;
+      if (large && N != 16) continue;
+      const Doubles x = random_doubles(N * c.IC * c.H * c.W), bias = random_doubles(c.OC),
+                    grad_y = random_doubles(N * c.OC * OH * OW);
+      Doubles y(grad_y.size()), grad_x(x.size()), grad_values(p.values.size()), grad_bias(bias.size());
+      for (int64_t n = 0; n < N; ++n)
+        for (int oc = 0; oc < c.OC; ++oc)
+          for (int oy = 0; oy < OH; ++oy)
+            for (int ox = 0; ox < OW; ++ox) {
+              const size_t o = size_t(((n * c.OC + oc) * OH + oy) * OW + ox);
+              y[o] = bias[size_t(oc)];
+              grad_bias[size_t(oc)] += grad_y[o];
+              for (int k = p.rowptr[size_t(oc)]; k < p.rowptr[size_t(oc) + 1]; ++k) {
+                const int j = p.col[size_t(k)];
+                const int ic = oc / OCg * ICg + j / (c.KH * c.KW);
+                const int iy = oy * c.SH - c.PH + j / c.KW % c.KH * c.DH, ix = ox * c.SW - c.PW + j % c.KW * c.DW;
+                if (iy < 0 || iy >= c.H || ix < 0 || ix >= c.W) continue;
+                const size_t i = size_t(((n * c.IC + ic) * c.H + iy) * c.W + ix);
+                y[o] += p.values[size_t(k)] * x[i];
+                grad_x[i] += p.values[size_t(k)] * grad_y[o];
+                grad_values[size_t(k)] += grad_y[o] * x[i];
+              }
+            }
+      for (Layout xl : {Layout::plain, Layout::lanes, Layout::channels_last})
+        for (Layout yl : {Layout::plain, Layout::lanes, Layout::channels_last}) {
+          if (large && xl != Layout::lanes) continue;
+          everywhere(
+              "conv2d " +
+                  text({c.IC, c.H, c.W, c.OC, c.KH, c.KW, c.SH, c.SW, c.PH, c.PW, c.DH, c.DW, c.G, p.index.nnz}) +
+                  " N " + text({N}) + " layouts " + text({int(xl), int(yl)}),
+              [&](auto zero, int threads) {
+                using T = decltype(zero);
+                const Shape xs{N, c.IC, int64_t(c.H) * c.W, xl}, ys{N, c.OC, int64_t(OH) * OW, yl};
+                Buffer<T> v(p.values), b(bias), in(xs, x), out(ys.size()), gy(ys, grad_y), gx(xs.size()),
+                    gv(p.index.nnz), gb(c.OC);
+                ConvArgs<T> a{p.index, N,    c.IC, c.H, c.W, c.OC, OH,  OW, c.KH, c.KW, c.SH, c.SW, c.PH, c.PW,
+                              c.DH,    c.DW, c.G,  v,   b,   in,   out, gy, gx,   gv,   gb,   xl,   yl,   threads};
+                kernels<T>().conv2d_forward(a);
+                kernels<T>().conv2d_backward(a);
+                compare("y", out, ys, y);
+                compare("grad_x", gx, xs, grad_x);
+                compare("grad_values", gv, grad_values);
+                compare("grad_bias", gb, grad_bias);
+              });
+        }
+    }
+  }
+  family("conv2d");
+}
+
+void test_pack() {
+  for (int64_t N : BATCHES)
+    for (int64_t C : {1, 5, 40})
+      for (int64_t P : {1, 4, 121}) {
+        const Shape plain{N, C, P, Layout::plain}, lanes{N, C, P, Layout::lanes},
+            whole{(N + 15) / 16 * 16, C, P, Layout::lanes};
+        const Doubles x = random_doubles(N * C * P);
+        Doubles padded = x;
+        padded.resize(size_t(whole.size()), 0.0);
+        everywhere("pack " + text({N, C, P}), [&](auto zero, int threads) {
+          using T = decltype(zero);
+          Buffer<T> src(plain, x), dst(lanes.size()), packed(lanes, x), back(plain.size());
+          kernels<T>().pack(PackArgs<T>{N, C, P, src, dst, threads});
+          kernels<T>().unpack(PackArgs<T>{N, C, P, packed, back, threads});
+          compare("pack", dst, whole, padded);
+          compare("unpack", back, plain, x);
+        });
+      }
+  family("pack, unpack");
+}
+
+void test_linbreg_step() {
+  for (int64_t n : {1, 5, 16, 8192, 20003})
+    for (bool momentum : {false, true})
+      for (double lam : {0.0, 0.3}) {
+        const Doubles p0 = random_doubles(n), g = random_doubles(n), v0 = random_doubles(n), m0 = random_doubles(n);
+        const double lr = 0.125, beta = 0.75, delta = 1.5, decay = 0.0625, sign = momentum ? 1 : -1;
+        Doubles p(p0), v(v0), m(m0);
+        for (size_t i = 0; i < p.size(); ++i) {
+          const double step = lr * (sign * g[i] + decay * p[i]);
+          m[i] = beta * m[i] + (1 - beta) * step;
+          v[i] -= momentum ? m[i] : step;
+          const double z = delta * v[i], shrunk = std::max(std::abs(z) - delta * lam, 0.0);
+          p[i] = std::copysign(shrunk, z);
+        }
+        everywhere("linbreg_step " + text({n, momentum}) + " lam " + std::to_string(lam), [&](auto zero, int threads) {
+          using T = decltype(zero);
+          Buffer<T> pb(p0), gb(g), vb(v0), mb(m0);
+          kernels<T>().linbreg_step(
+              StepArgs<T>{n, pb, gb, vb, momentum ? mb.data : nullptr, lr, beta, delta, lam, decay, sign, threads});
+          compare("p", pb, p);
+          compare("v", vb, v);
+          if (momentum) compare("m", mb, m);
+        });
+      }
+  family("linbreg_step");
+}
+
+void test_max_pool() {
+  struct {
+    int64_t planes;
+    int H, W, KH, KW, SH, SW, PH, PW, DH, DW;
+  } const cases[] = {{3, 8, 8, 2, 2, 2, 2, 0, 0, 1, 1}, {2, 9, 7, 2, 2, 2, 2, 0, 0, 1, 1},
+                     {3, 9, 9, 3, 3, 2, 2, 1, 1, 1, 1}, {1, 8, 10, 3, 2, 1, 3, 1, 0, 2, 1},
+                     {5, 6, 6, 6, 6, 1, 1, 0, 0, 1, 1}, {2, 5, 5, 1, 1, 2, 2, 0, 0, 1, 1}};
+  for (const auto& c : cases) {
+    const int OH = (c.H + 2 * c.PH - c.DH * (c.KH - 1) - 1) / c.SH + 1;
+    const int OW = (c.W + 2 * c.PW - c.DW * (c.KW - 1) - 1) / c.SW + 1;
+    const int64_t in_size = c.planes * c.H * c.W * LANES, out_size = c.planes * OH * OW * LANES;
+    Doubles x = random_doubles(in_size), grad_y = random_doubles(out_size), y(grad_y.size()), grad_x(x.size());
+    for (double& v : x) v = std::floor(8 * v);  // with ties: the first tap wins
+    x[size_t(in_size / 2)] = NAN;
+    std::vector<uint8_t> codes(y.size());
+    for (int64_t i = 0; i < out_size; ++i) {
+      const int64_t lane = i % LANES, ox = i / LANES % OW, oy = i / LANES / OW % OH, plane = i / LANES / OW / OH;
+      double best = -INFINITY;
+      size_t from = 0;
+      for (int ky = 0; ky < c.KH; ++ky)
+        for (int kx = 0; kx < c.KW; ++kx) {
+          const int64_t iy = oy * c.SH - c.PH + ky * c.DH, ix = ox * c.SW - c.PW + kx * c.DW;
+          if (iy < 0 || iy >= c.H || ix < 0 || ix >= c.W) continue;
+          const size_t at = size_t(((plane * c.H + iy) * c.W + ix) * LANES + lane);
+          if (x[at] > best || std::isnan(x[at])) best = x[at], from = at, codes[size_t(i)] = uint8_t(ky * c.KW + kx);
+        }
+      y[size_t(i)] = best;
+      grad_x[from] += grad_y[size_t(i)];
+    }
+    everywhere("max_pool " + text({c.planes, c.H, c.W, c.KH, c.KW, c.SH, c.SW, c.PH, c.PW, c.DH, c.DW}),
+               [&](auto zero, int threads) {
+                 using T = decltype(zero);
+                 Buffer<T> in(x), out(out_size), gy(grad_y), gx(in_size);
+                 std::vector<uint8_t> got(codes.size());
+                 const PoolArgs<T> a{c.planes, c.H,  c.W,  OH, OW,  c.KH,       c.KW, c.SH, c.SW,   c.PH,
+                                     c.PW,     c.DH, c.DW, in, out, got.data(), gy,   gx,   threads};
+                 kernels<T>().max_pool_forward(a);
+                 kernels<T>().max_pool_backward(a);
+                 compare("y", out, y);
+                 same("codes", got, codes);
+                 compare("grad_x", gx, grad_x);
+               });
+  }
+  family("max_pool");
+}
+
+void test_norm() {
+  for (int64_t N : BATCHES)
+    for (int64_t C : {1, 6})
+      for (int64_t P : {1, 9, 64})
+        for (int mode = 0; mode < 4; ++mode) {
+          const bool relu = mode & 1, residual = mode & 2;
+          const Shape s{N, C, P, Layout::lanes};
+          const Doubles x = random_doubles(N * C * P), r = random_doubles(N * C * P),
+                        grad_y = random_doubles(N * C * P);
+          const Doubles scale = random_doubles(C), shift = random_doubles(C), slope = random_doubles(C),
+                        centre = random_doubles(C);  // the gradients take any mean
+          Doubles mean(scale.size()), var(scale.size()), sum_g(scale.size()), sum_gx(scale.size());
+          Doubles y(x.size()), g(x.size()), grad_x(x.size());
+          const auto channel = [&](size_t i) { return i / size_t(P) % size_t(C); };
+          for (size_t i = 0; i < x.size(); ++i) mean[channel(i)] += x[i] / double(N * P);
+          for (size_t i = 0; i < x.size(); ++i) {
+            const size_t c = channel(i);
+            var[c] += (x[i] - mean[c]) * (x[i] - mean[c]) / double(N * P);
+            y[i] = scale[c] * x[i] + shift[c] + (residual ? r[i] : 0);
+            if (relu) y[i] = std::max(y[i], 0.0);
+            g[i] = relu && !(r[i] > 0) ? 0 : grad_y[i];  // r stands for the result of the ReLU
+            sum_g[c] += g[i];
+            sum_gx[c] += g[i] * (x[i] - centre[c]);
+            grad_x[i] = scale[c] * g[i] + slope[c] * (x[i] - centre[c]) + shift[c];
+          }
+          everywhere("norm " + text({N, C, P, mode}), [&](auto zero, int threads) {
+            using T = decltype(zero);
+            Buffer<T> in(s, x), rb(s, r), gy(s, grad_y), cb(centre), sb(scale), hb(shift), lb(slope);
+            Buffer<T> m(C), v(C), out(s.size()), gx(s.size()), gr(s.size()), sg(C), sgx(C);
+            NormArgs<T> a{};
+            a.N = N, a.C = C, a.P = P, a.x = in, a.relu = relu, a.scale = sb, a.shift = hb, a.threads = threads;
+            a.y = out, a.mean = m, a.var = v, a.residual = residual ? rb.data : nullptr;
+            kernels<T>().norm_stats(a);
+            kernels<T>().norm_apply(a);
+            a.y = gx, a.mean = cb, a.grad_y = gy, a.result = relu ? rb.data : nullptr, a.slope = lb;
+            a.sum_g = sg, a.sum_gx = sgx, a.grad_residual = residual ? gr.data : nullptr;
+            kernels<T>().norm_reduce(a);
+            kernels<T>().norm_grad(a);
+            compare("mean", m, mean);
+            compare("var", v, var);
+            compare("y", out, s, y);
+            compare("sum_g", sg, sum_g);
+            compare("sum_gx", sgx, sum_gx);
+            compare("grad_x", gx, s, grad_x);
+            if (residual) compare("grad_residual", gr, s, g);
+          });
+        }
+  family("norm");
+}
+
+template <class T>
+void test_crossings(const Pattern& p, int threads) {
+  const int64_t rows = p.index.rows, cols = p.index.cols, nnz = p.index.nnz;
+  const Doubles other = random_doubles(rows * cols);
+  Doubles gathered(p.values.size()), scattered(other);
+  std::vector<T> dense(p.at.size()), whole(other.begin(), other.end()), values(p.values.size()),
+      given(p.values.begin(), p.values.end());
+  for (size_t i = 0; i < p.at.size(); ++i) {
+    // Minus zero counts as zero and NaN does not.
+    dense[i] = p.at[i] < 0 ? T(-0.0) : T(sizeof(T) == 1 || p.at[i] % 3 ? 1 + p.at[i] % 100 : NAN);
+    if (p.at[i] >= 0) gathered[size_t(p.at[i])] = other[i], scattered[i] = p.values[size_t(p.at[i])];
+  }
+  std::vector<int32_t> rowptr(size_t(rows) + 1, -1), col(size_t(nnz), -1);
+  std::vector<uint64_t> bits(size_t(rows * row_words(cols)));
+  if (mark_nonzeros(dense.data(), rows, cols, bits.data(), rowptr.data(), threads) != nnz) fail("mark_nonzeros");
+  same("rowptr", rowptr, p.rowptr);
+  fill_columns(bits.data(), rows, cols, p.rowptr.data(), col.data(), threads);
+  same("col", col, p.col);
+  if constexpr (sizeof(T) > 1) {
+    gather(whole.data(), rows, cols, p.rowptr.data(), p.col.data(), values.data(), threads);
+    same("gather", Doubles(values.begin(), values.end()), gathered);
+    scatter(given.data(), rows, cols, p.rowptr.data(), p.col.data(), whole.data(), threads);
+    same("scatter", Doubles(whole.begin(), whole.end()), scattered);
+  }
+}
+
+void test_pattern() {
+  struct {
+    int64_t rows, cols;
+    double density;
+  } const cases[] = {{0, 5, .5},      {5, 0, .5},  {1, 1, 1},  {7, 67, .1},  {2, 640, .9},
+                     {70, 1000, .05}, {3, 256, 1}, {9, 64, 0}, {1000, 3, .3}};
+  for (const auto& c : cases) {
+    const Pattern p(c.rows, c.cols, c.density);
+    std::vector<int32_t> colptr(p.colptr.size(), -1), row(p.row.size(), -1), order(p.row.size(), -1);
+    for (int threads : {1, 2}) {
+      where = "pattern " + text({c.rows, c.cols}) + " nnz " + text({p.index.nnz, threads});
+      test_crossings<uint8_t>(p, threads);
+      test_crossings<float>(p, threads);
+      test_crossings<double>(p, threads);
+    }
+    transpose_index(c.rows, c.cols, p.rowptr.data(), p.col.data(), colptr.data(), row.data(), order.data());
+    same("colptr", colptr, p.colptr);
+    same("row", row, p.row);
+    same("csc_to_csr", order, p.csc_to_csr);
+    const Index& ix = p.index;
+    if (check_index(ix.rows, ix.cols, ix.nnz, ix.rowptr, ix.col, ix.colptr, ix.row, ix.csc_to_csr)) fail("check_index");
+  }
+  where = "pattern, counts beyond int32";
+  std::vector<int32_t> counts{-1, INT32_MAX, 0}, sums{0, INT32_MAX, INT32_MAX};
+  if (sum_counts(2, counts.data()) != INT32_MAX) fail("2**31 - 1 nonzeros refused");
+  same("sum_counts", counts, sums);
+  counts = {-1, INT32_MAX, 1};
+  if (sum_counts(2, counts.data()) != -1) fail("2**31 nonzeros accepted");
+  family("pattern");
+}
+
+}  // namespace
+
+int main() {
+  static_assert(sizeof(Kernels<float>) == 13 * sizeof(void (*)()), "a kernel of the table has no test here");
+  test_pattern();
+  test_pack();
+  test_linear();
+  test_conv2d();
+  test_linbreg_step();
+  test_max_pool();
+  test_norm();
+}

@@ -1,0 +1,260 @@
+"""What the extension refuses: it is the last line before memory is touched."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.lib.stride_tricks import as_strided
+
+from sparsebreg import SparsePattern, _extension
+
+if (C := _extension.native()) is None:
+    pytest.skip("needs the extension", allow_module_level=True)
+
+LANES = 16
+
+
+def arrays(dtype=np.float32, **shapes):
+    return {name: np.zeros(shape, dtype) for name, shape in shapes.items()}
+
+
+def pattern(*shape):
+    return SparsePattern.from_mask(torch.arange(np.prod(shape)).view(shape) % 3 == 0)
+
+
+linear, conv = pattern(4, 6), pattern(4, 6, 3, 3)
+ix, cx = linear.native_index(), conv.native_index()
+GEOMETRY = [6, 5, 7, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1]
+POOL = [8, 6, 4, 3, 2, 2, 2, 2, 0, 0, 1, 1]
+norm = (3, LANES * 4)  # a block of images, three channels of four positions
+codes = np.zeros((2, 4, 3, LANES), np.uint8)
+
+# name: (call with arrays and threads, valid arrays, those written to)
+CALLS = {
+    "linear_forward": (
+        lambda a, t: C.linear_forward(ix, 5, a["x"], 0, a["values"], a["bias"], a["y"], 0, t),
+        arrays(x=(5, 6), values=linear.nnz, bias=4, y=(5, 4)),
+        {"y"},
+    ),
+    "linear_backward": (
+        lambda a, t: C.linear_backward(
+            ix, 5, a["grad_y"], 1, a["x"], 0, a["values"], a["grad_x"], a["grad_values"], a["grad_bias"], t
+        ),
+        arrays(grad_y=(4, LANES), x=(5, 6), values=linear.nnz, grad_x=(5, 6), grad_values=linear.nnz, grad_bias=4),
+        {"grad_x", "grad_values", "grad_bias"},
+    ),
+    "conv2d_forward": (
+        lambda a, t: C.conv2d_forward(cx, 2, GEOMETRY, a["x"], 0, a["values"], a["bias"], a["y"], 1, t),
+        arrays(x=(2, 6, 5, 7), values=conv.nnz, bias=4, y=(4, 5, 7, LANES)),
+        {"y"},
+    ),
+    "conv2d_backward": (
+        lambda a, t: C.conv2d_backward(
+            cx, 2, GEOMETRY, a["grad_y"], 2, a["x"], 0, a["values"], a["grad_x"], a["grad_values"], a["grad_bias"], t
+        ),
+        arrays(
+            grad_y=(2, 5, 7, 4), x=(2, 6, 5, 7), values=conv.nnz, grad_x=(2, 6, 5, 7), grad_values=conv.nnz, grad_bias=4
+        ),
+        {"grad_x", "grad_values", "grad_bias"},
+    ),
+    "pack": (
+        lambda a, t: C.repack(True, 5, 3, 4, a["src"], a["dst"], t),
+        arrays(src=(5, 3, 4), dst=(3, 4, LANES)),
+        {"dst"},
+    ),
+    "unpack": (
+        lambda a, t: C.repack(False, 5, 3, 4, a["src"], a["dst"], t),
+        arrays(src=(3, 4, LANES), dst=(5, 3, 4)),
+        {"dst"},
+    ),
+    "linbreg_step": (
+        lambda a, t: C.linbreg_step(a["p"], a["g"], a["v"], a["m"], 0.1, 0.9, 1.0, 0.1, 0.0, False, t),
+        arrays(p=7, g=7, v=7, m=7),
+        {"p", "v", "m"},
+    ),
+    "max_pool_forward": (
+        lambda a, t: C.max_pool(2, POOL, a["x"], a["y"], a["codes"], None, None, t),
+        {**arrays(x=(2, 8, 6, LANES), y=(2, 4, 3, LANES)), "codes": codes},
+        {"y", "codes"},
+    ),
+    "max_pool_backward": (
+        lambda a, t: C.max_pool(2, POOL, None, None, a["codes"], a["grad_y"], a["grad_x"], t),
+        {**arrays(grad_y=(2, 4, 3, LANES), grad_x=(2, 8, 6, LANES)), "codes": codes},
+        {"grad_x"},
+    ),
+    "norm_stats": (
+        lambda a, t: C.norm_stats(5, 3, 4, a["x"], a["mean"], a["var"], t),
+        arrays(x=norm, mean=3, var=3),
+        {"mean", "var"},
+    ),
+    "norm_apply": (
+        lambda a, t: C.norm_apply(5, 3, 4, a["x"], a["scale"], a["shift"], a["residual"], True, a["y"], t),
+        arrays(x=norm, scale=3, shift=3, residual=norm, y=norm),
+        {"y"},
+    ),
+    "norm_reduce": (
+        lambda a, t: C.norm_reduce(5, 3, 4, a["x"], a["grad_y"], a["result"], a["mean"], a["sum_g"], a["sum_gx"], t),
+        arrays(x=norm, grad_y=norm, result=norm, mean=3, sum_g=3, sum_gx=3),
+        {"sum_g", "sum_gx"},
+    ),
+    "norm_grad": (
+        lambda a, t: C.norm_grad(
+            5,
+            3,
+            4,
+            a["x"],
+            a["grad_y"],
+            a["result"],
+            a["mean"],
+            a["scale"],
+            a["slope"],
+            a["shift"],
+            a["grad_x"],
+            a["grad_residual"],
+            t,
+        ),
+        arrays(x=norm, grad_y=norm, result=norm, mean=3, scale=3, slope=3, shift=3, grad_x=norm, grad_residual=norm),
+        {"grad_x", "grad_residual"},
+    ),
+    "gather": (
+        lambda a, t: C.gather(ix, a["dense"], a["values"], t),
+        arrays(dense=(4, 6), values=linear.nnz),
+        {"values"},
+    ),
+    "scatter": (
+        lambda a, t: C.scatter(ix, a["values"], a["dense"], t),
+        arrays(values=linear.nnz, dense=(4, 6)),
+        {"dense"},
+    ),
+}
+
+EACH = [(name, array) for name, (_, valid, _) in CALLS.items() for array in valid]
+
+
+def test_every_kernel_is_here():
+    kernels = {n for n in dir(C) if n.startswith(("linear_", "conv2d_", "norm_", "linbreg_", "adabreg_", "max_pool"))}
+    assert kernels <= {*CALLS, "max_pool"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_threads(name):
+    call, valid, _ = CALLS[name]
+    call(valid, 1)
+    call(valid, 2)
+    with pytest.raises(ValueError, match="threads: expected at least 1, got 0"):
+        call(valid, 0)
+
+
+@pytest.mark.parametrize(("name", "array"), EACH)
+def test_arrays(name, array):
+    call, valid, written = CALLS[name]
+    a = valid[array]
+    with pytest.raises(TypeError, match=f"({array}|values): expected dtype"):
+        call({**valid, array: a.astype(np.int32)}, 1)
+    for size in (a.size - 1, a.size + 1, 0):
+        # What decides the number of weights says so of the others.
+        with pytest.raises(ValueError, match=r"\w+: expected \d+ elements, got \d+"):
+            call({**valid, array: np.zeros(size, a.dtype)}, 1)
+    with pytest.raises(ValueError, match=f"{array}: expected a C-contiguous array, got a strided one"):
+        call({**valid, array: np.repeat(a[..., None], 2, -1)[..., 0]}, 1)
+    frozen = a.copy()
+    frozen.flags.writeable = False
+    if array in written:
+        with pytest.raises(ValueError, match=f"{array}: expected a writable array, got a read-only one"):
+            call({**valid, array: frozen}, 1)
+    else:
+        call({**valid, array: frozen}, 1)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_one_dtype_for_all(name):
+    call, valid, _ = CALLS[name]
+    double = {n: a if a.dtype == np.uint8 else a.astype(np.float64) for n, a in valid.items()}
+    call(double, 1)
+    for array in double.keys() - {"codes"}:
+        with pytest.raises(TypeError, match="expected dtype float(32|64), got float(64|32)"):
+            call({**double, array: valid[array]}, 1)
+
+
+one, none = np.zeros(1, np.float32), np.zeros(0, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: C.linear_forward(ix, -1, one, 0, one, None, one, 0, 1), "N: expected at least 0, got -1"),
+        (lambda: C.linear_forward(ix, 2**62, none, 0, np.zeros(8, "f4"), None, none, 0, 1), "x: expected sizes from 0"),
+        (lambda: C.linear_forward(ix, 2**63 - 1, none, 1, np.zeros(8, "f4"), None, none, 0, 1), "x: expected sizes"),
+        (lambda: C.linear_forward(ix, 1, one, 2, one, None, one, 0, 1), "x_layout: expected 0 to 1, got 2"),
+        (lambda: C.repack(True, 1, -1, -1, one, np.zeros(16, "f4"), 1), "src: expected sizes from 0 on"),
+        (lambda: C.repack(True, 2**32, 2**32, 2, none, none, 1), "src: expected sizes from 0 on"),
+        (lambda: C.norm_stats(2**32, 2**30, 2, none, none, none, 1), "x: expected sizes from 0 on"),
+        (lambda: C.norm_stats(0, 1, 1, none, one, one, 1), "x: expected at least one sample"),
+        (lambda: C.max_pool(2**60, POOL, none, none, codes, None, None, 1), "x: expected sizes from 0 on"),
+        (lambda: C.max_pool(-1, POOL, none, none, codes, None, None, 1), "planes: expected at least 0, got -1"),
+        (lambda: C.max_pool(1, POOL[:11], none, none, codes, None, None, 1), "geometry: expected 12 numbers, got 11"),
+        (lambda: C.max_pool(1, POOL, none, None, codes, None, None, 1), "x: expected x and y, or grad_y and grad_x"),
+        (lambda: C.transpose(-1, 3, np.zeros(0, "i4"), np.zeros(0, "i4")), "shape: expected sizes from 0"),
+        (lambda: C.transpose(1, 2**31, np.zeros(2, "i4"), np.zeros(0, "i4")), "shape: expected sizes from 0"),
+        (lambda: C.transpose(1, 3, np.array([0, 2], "i4"), np.zeros(1, "i4")), "rowptr: expected 0 to the number"),
+        (lambda: C.transpose(2, 3, np.array([0, 2, 1], "i4"), np.zeros(1, "i4")), "rowptr: expected values that never"),
+        (lambda: C.transpose(1, 3, np.array([0, 1], "i4"), np.array([3], "i4")), "col: expected indices inside"),
+        (lambda: C.csr_from_dense(np.zeros(4, "f4"), 1), "dense: expected two dimensions, got 1"),
+        (lambda: C.csr_from_dense(np.zeros((2**31, 0), "f4"), 1), "dense: expected sizes from 0 to 2147483647"),
+        (lambda: C.csr_from_dense(np.zeros((4, 4), "f4").T[:2], 1), "dense: expected a C-contiguous array"),
+    ],
+)  # fmt: skip
+def test_sizes(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, 0, "geometry: expected sizes, strides and dilations of at least 1, got 0"),
+        (6, 0, "geometry: expected sizes, strides"),
+        (8, -1, "geometry: expected sizes, strides"),
+        (12, 4, "geometry: expected channels divisible by groups"),
+        (1, 0, "x: expected an image at least as large as the kernel"),
+        (8, 2**31 - 1, "geometry: expected a padded image of at most 2147483647"),
+        (4, 1, "geometry: expected channels and kernel size of the pattern's shape"),
+        (2, 2**24, "x: expected a band of rows of less than"),
+    ],
+)  # fmt: skip
+def test_conv2d_geometry(place, value, message):
+    geometry = [*GEOMETRY]
+    geometry[place] = value
+    if place == 1:
+        geometry[8] = 0
+    with pytest.raises(ValueError, match=message):
+        C.conv2d_forward(cx, 2, geometry, none, 0, np.zeros(conv.nnz, np.float32), None, none, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(0, 0), (2, 5), (4, 0), (6, 0), (8, 2), (8, -1), (10, 9), (4, 300)],
+    ids=["no_rows", "window_beyond_image", "no_taps", "no_stride", "padding", "padding_below_0", "dilation", "taps"],
+)  # fmt: skip
+def test_max_pool_geometry(place, value):
+    geometry = [*POOL]
+    geometry[place] = value
+    with pytest.raises(ValueError, match="geometry: expected"):
+        C.max_pool(2, geometry, none, none, codes, None, None, 1)
+
+
+def test_more_nonzeros_than_int32():
+    many = as_strided(np.zeros(1, np.int32), (2**31,), (0,))
+    with pytest.raises(ValueError, match="col: expected at most 2147483647 nonzeros, got 2147483648"):
+        C.Index(1, 1, np.zeros(2, np.int32), many, np.zeros(2, np.int32), many, many)
+
+
+def test_grad_values_need_x():
+    a = arrays(grad_y=(5, 4), values=linear.nnz, grad_values=linear.nnz)
+    with pytest.raises(ValueError, match="x: expected the input of the layer, for grad_values, got None"):
+        C.linear_backward(ix, 5, a["grad_y"], 0, None, 0, a["values"], None, a["grad_values"], None, 1)
+
+
+def test_impossible_block():
+    for size in (2**64 - 1, 2**63, 2**62):
+        with pytest.raises(MemoryError):
+            C.pool_empty(size)

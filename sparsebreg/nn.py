@@ -19,7 +19,7 @@ from sparsebreg.pattern import SparsePattern
 __all__ = ["SparseConv2d", "SparseLayer", "SparseLinear"]
 
 
-def _is_channels_last(weight: torch.Tensor) -> bool:
+def is_channels_last(weight: torch.Tensor) -> bool:
     """Whether the weight says so by itself: with one input channel or a 1x1 kernel both formats may fit."""
     if weight.dim() != 4 or not weight.is_contiguous(memory_format=torch.channels_last):
         return False
@@ -37,7 +37,7 @@ class SparseLayer(nn.Module):
         super().__init__()
         weight = module.weight
         self.pattern = pattern
-        self.channels_last = _is_channels_last(weight)
+        self.channels_last = is_channels_last(weight)
         self.lanes = False
         self.values = nn.Parameter(pattern.gather(weight), requires_grad=weight.requires_grad)
         self.register_parameter("bias", module.bias)
@@ -283,7 +283,7 @@ class FineConv2d(_Fine, nn.Conv2d):
         if (values := self._active()) is None:
             return super().forward(x)
         return functional.sparse_conv2d(
-            x, self._pattern, values, self.bias, geometry_of(self), _is_channels_last(self.weight), True, self.weight
+            x, self._pattern, values, self.bias, geometry_of(self), is_channels_last(self.weight), True, self.weight
         )
 
 
@@ -309,9 +309,14 @@ def to_plain(module: nn.Module) -> None:
         del module._pattern, module._max_density
 
 
+def form(module: nn.Module) -> type[SparseLayer]:
+    """The class of the sparse layer that computes what ``module`` does."""
+    return SparseLinear if isinstance(module, nn.Linear) else SparseConv2d
+
+
 def sparse_form(module: nn.Module, pattern: SparsePattern) -> SparseLayer:
     """The sparse layer that takes the place of ``module``."""
-    layer = (SparseLinear if isinstance(module, nn.Linear) else SparseConv2d)(module, pattern)
+    layer = form(module)(module, pattern)
     layer.swap_for(module)
     layer.lanes = True  # its neighbours in the model compute on what it returns
     return layer

@@ -20,7 +20,7 @@ from torch.profiler import record_function
 from sparsebreg import lanes
 from sparsebreg.decide import Decider, Filter, SparsifyConfig
 from sparsebreg.errors import SwapError, expected
-from sparsebreg.nn import SparseLayer, kind, sparse_form, to_plain, unsupported
+from sparsebreg.nn import SparseLayer, kind, sparse_form, to_plain, to_swapped, unsupported
 from sparsebreg.optim.base import REGULARISED, BregmanOptimizer
 from sparsebreg.pattern import SparsePattern
 from sparsebreg.regularizers import NoReg
@@ -274,6 +274,7 @@ def carry_out(
         module = model.get_submodule(name)
         weight = module.weight
         to_plain(module)
+        to_swapped(module, layer)
         places.replace(module, layer)
         if optimizer is not None:
             _carry_state(optimizer, weight, layer)
@@ -355,7 +356,7 @@ def thaw(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, keep_grad
     """densify_ without its checks."""
     places = _Places(model)
     for layer in dict.fromkeys(sparse_layers(model).values()):
-        dense = layer.origin()
+        dense = layer.give_back()
         weight = dense.weight
         weight.data = layer.weight
         if layer.channels_last:

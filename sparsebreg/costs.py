@@ -304,11 +304,12 @@ def _write(costs: Costs) -> Path | None:
         return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-            json.dump({"key": key, "costs": costs}, file)
+        with tempfile.TemporaryDirectory(dir=path.parent) as aside:  # whole or not at all
+            file = Path(aside) / path.name
+            file.write_text(json.dumps({"key": key, "costs": costs}, indent=1))
+            file.replace(path)
     except OSError:
         return None
-    os.replace(file.name, path)
     return path
 
 

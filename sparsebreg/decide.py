@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -64,18 +64,28 @@ class SparsifyConfig:
             raise TypeError(expected("example_input", "a tensor or a tuple of the model's arguments", got))
 
 
-def learn_shapes(model: nn.Module, example_input: torch.Tensor | tuple[Any, ...]) -> dict[str, tuple[int, ...]]:
-    """Shapes of what linear and convolution layers get, by name, from one forward pass in evaluation mode.
+class Input(NamedTuple):
+    """What a layer gets."""
+
+    shape: tuple[int, ...]
+    channels_last: bool
+
+
+def learn_inputs(model: nn.Module, example_input: torch.Tensor | tuple[Any, ...]) -> dict[str, Input]:
+    """What linear and convolution layers get, by name, from one forward pass in evaluation mode.
+
+    Of several calls of a layer the largest counts.
 
     Raises:
         SwapError: if the model does not take this input.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    found: dict[str, Input] = {}
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], torch.Tensor):
-                shapes[name] = max(shapes.get(name, ()), tuple(args[0].shape), key=math.prod)
+            x = args[0] if args else None
+            if isinstance(x, torch.Tensor) and (name not in found or math.prod(found[name].shape) < x.numel()):
+                found[name] = Input(tuple(x.shape), is_channels_last(x) or is_channels_last(module.weight))
 
         return hook
 
@@ -93,7 +103,7 @@ def learn_shapes(model: nn.Module, example_input: torch.Tensor | tuple[Any, ...]
             handle.remove()
         for module, training in modes:
             module.training = training
-    return shapes
+    return found
 
 
 class Decider:
@@ -101,34 +111,36 @@ class Decider:
 
     Attributes:
         costs: the constants that "auto" decides by.
-        shapes: of the layers' inputs, by name, as far as known.
+        inputs: what the layers get, by name, as far as known; None before the first look.
         measured: by layer name, the largest density measured as faster sparse and the least as faster dense.
     """
 
     def __init__(self, config: SparsifyConfig) -> None:
         self.config = config
         self.costs, _ = costs.current()
-        self.shapes: dict[str, tuple[int, ...]] | None = None
+        self.inputs: dict[str, Input] | None = None
         self.measured: dict[str, tuple[float, float]] = {}
         self._lanes = self._channels_last = False
 
     def look(self, model: nn.Module) -> None:
-        """Learns about the dense model what decisions depend on, once. Raises SwapError as :func:`learn_shapes`."""
-        if self.shapes is not None:
+        """Learns about the dense model what decisions depend on, once. Raises SwapError as :func:`learn_inputs`."""
+        if self.inputs is not None:
             return
         example = self.config.example_input
-        self.shapes = {} if example is None or self.config.decide == "always" else learn_shapes(model, example)
+        known = example is not None and self.config.decide != "always"
+        self.inputs = learn_inputs(model, example) if known else {}
         images = [m for m in model.modules() if isinstance(m, nn.Conv2d) and not nn.parameter.is_lazy(m.weight)]
         # A sparse convolution hands its output to the next one as it is; a lone one converts to and fro.
         self._lanes = sum(not unsupported(m) for m in images) > 1 and backends.current().lanes
         self._channels_last = any(is_channels_last(m.weight) for m in images)
 
-    def _ways(self, module: nn.Module, shape: tuple[int, ...] | None) -> tuple[str, str]:
-        """How the layer would be computed, sparse and dense."""
+    def _known(self, name: str, module: nn.Module) -> tuple[tuple[int, ...] | None, str, str]:
+        """The shape of the layer's input, and how it would be computed, sparse and dense."""
+        shape, last = (self.inputs or {}).get(name, (None, self._channels_last))
         if not isinstance(module, nn.Conv2d):
-            return "sparse", "dense"
-        filled = shape is None or (len(shape) == 4 and shape[0] >= LANES)
-        return "lanes" if self._lanes and filled else "sparse", "channels_last" if self._channels_last else "dense"
+            return shape, "sparse", "dense"
+        lanes = self._lanes and (shape is None or (len(shape) == 4 and shape[0] >= LANES))
+        return shape, "lanes" if lanes else "sparse", "channels_last" if last else "dense"
 
     def least_sparsity(self, name: str, module: nn.Module) -> float:
         """From which sparsity on the layer is computed over its active weights, as far as is known by now."""
@@ -138,9 +150,9 @@ class Decider:
             return max(self.config.min_sparsity, 1 - NEAR * self.measured.get(name, (-1.0, math.inf))[0])
         if _small(module):
             return 0.0
-        shape = (self.shapes or {}).get(name)
+        shape, *ways = self._known(name, module)
         load = Load.of(module, shape)
-        density = load.break_even(self.costs, *self._ways(module, shape)) if load else None
+        density = load.break_even(self.costs, *ways) if load else None
         return max(self.config.min_sparsity, 0.0 if density is None else 1 - density)
 
     def __call__(self, name: str, module: nn.Module, pattern: SparsePattern) -> tuple[bool, str]:
@@ -152,24 +164,20 @@ class Decider:
             return True, f"at most {SMALL} weights an output channel"
         if sparsity < least:
             return False, f"sparsity {sparsity:.2%} is below {least:.2%}"
-        shape = (self.shapes or {}).get(name)
         if self.config.decide == "measure":
-            return self._measured(name, module, pattern, shape)
+            return self._measure(name, module, pattern)
+        shape, sparse, dense = self._known(name, module)
         threshold, load = self.least_sparsity(name, module), Load.of(module, shape)
         if load is not None and load.positions is not None:
-            sparse, dense = self._ways(module, shape)
-            times = (
-                load.milliseconds(self.costs, sparse, pattern.nnz),
-                load.milliseconds(self.costs, dense, load.weights),
-            )
-            return sparsity >= threshold, "{:.3g} ms sparse, {:.3g} ms dense predicted".format(*times)
+            a = load.milliseconds(self.costs, sparse, pattern.nnz)
+            b = load.milliseconds(self.costs, dense, load.weights)
+            return sparsity >= threshold, f"{a:.3g} ms sparse, {b:.3g} ms dense predicted"
         if sparsity < threshold:
             return False, f"sparsity {sparsity:.2%} is below {threshold:.2%}, from where on sparse is predicted faster"
         return True, f"sparsity of at least {threshold:.2%}"
 
-    def _measured(
-        self, name: str, module: nn.Module, pattern: SparsePattern, shape: tuple[int, ...] | None
-    ) -> tuple[bool, str]:
+    def _measure(self, name: str, module: nn.Module, pattern: SparsePattern) -> tuple[bool, str]:
+        shape, *ways = self._known(name, module)
         if shape is None:
             return False, "the example input does not pass through it"
         sparse_to, dense_from = self.measured.get(name, (-1.0, math.inf))
@@ -177,7 +185,7 @@ class Decider:
             return True, f"measured faster sparse at {sparse_to:.2%} density"
         if pattern.density >= dense_from / NEAR:
             return False, f"measured faster dense at {dense_from:.2%} density"
-        sparse, dense = costs.measure(module, pattern, shape, *self._ways(module, shape))
+        sparse, dense = costs.measure(module, pattern, shape, *ways)
         faster = sparse < dense
         if faster:
             sparse_to = pattern.density

@@ -44,7 +44,7 @@ class SparseLayer(nn.Module):
         self.train(module.training)
 
     def swap_for(self, module: nn.Module) -> None:
-        """Takes the place of ``module``: its hooks fire here, and :meth:`origin` gives it back."""
+        """Takes the place of ``module``: its hooks fire here, and :meth:`give_back` gives it back."""
         # Not a submodule: its emptied weight is no parameter of the model.
         self.__dict__["_origin"] = module
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
@@ -53,9 +53,13 @@ class SparseLayer(nn.Module):
             self.__dict__[name] = module.__dict__[name]
         self.__dict__["_is_full_backward_hook"] = module.__dict__["_is_full_backward_hook"]
 
-    def origin(self) -> nn.Module:
-        """The dense module that this layer stands for (its weight is empty meanwhile), or a new one."""
-        return self.__dict__.get("_origin") or self.to_dense()
+    def give_back(self) -> nn.Module:
+        """The dense module that this layer stood for (its weight is still empty), or a new one."""
+        module = self.__dict__.pop("_origin", None)
+        if module is None:
+            return self.to_dense()
+        from_swapped(module)
+        return module
 
     def to_dense(self) -> nn.Module:
         raise NotImplementedError
@@ -130,6 +134,8 @@ def unsupported(module: nn.Module) -> str:
     """Why this module has no sparse form; an empty string where it has one."""
     if type(module) not in (nn.Linear, nn.Conv2d, FineLinear, FineConv2d):
         return f"{type(module).__name__} has no sparse form"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is not a plain parameter (pruned or parametrized)"
@@ -307,6 +313,47 @@ def to_plain(module: nn.Module) -> None:
     if type(module) in _PLAIN:
         module.__class__ = _PLAIN[type(module)]
         del module._pattern, module._max_density
+
+
+class _Swapped:
+    """What a dense layer is while a sparse one stands in its place: who still holds it gets that one's results."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """As of the sparse layer: made anew at every access; writing to it changes nothing."""
+        return self.__dict__["_stand_in"].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.__dict__["_stand_in"].forward(x)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.__dict__["_stand_in"]._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.__dict__["_stand_in"]._load_from_state_dict(*args)
+
+
+class SwappedLinear(_Swapped, nn.Linear):
+    pass
+
+
+class SwappedConv2d(_Swapped, nn.Conv2d):
+    pass
+
+
+_SWAPPED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: SwappedLinear, nn.Conv2d: SwappedConv2d}
+
+
+def to_swapped(module: nn.Module, layer: SparseLayer) -> None:
+    """From now on the plain dense module is ``layer`` for whoever still holds it; in place."""
+    module.__class__ = _SWAPPED[type(module)]
+    module.__dict__["_stand_in"] = layer  # not a submodule
+
+
+def from_swapped(module: nn.Module) -> None:
+    """Undoes :func:`to_swapped`."""
+    module.__class__ = next(plain for plain, swapped in _SWAPPED.items() if swapped is type(module))
+    del module.__dict__["_stand_in"]
 
 
 def form(module: nn.Module) -> type[SparseLayer]:

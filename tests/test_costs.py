@@ -85,12 +85,13 @@ def test_predicted_time_is_the_formula(layer, x_shape, count, padded, io, kind, 
 @pytest.mark.parametrize("n", [16, 40])
 def test_both_take_as_long_at_the_break_even(layer, n):
     x_shape = (n, 300) if isinstance(layer, nn.Linear) else (n, layer.in_channels, 9, 9)
+    dense = "dense" if isinstance(layer, nn.Linear) else "channels_last"
     load = Load.of(layer, x_shape)
-    density = load.break_even(SHIPPED, "sparse", "dense")
+    density = load.break_even(SHIPPED, "sparse", dense)
     assert 0 < density < 1
     times = [
         load.milliseconds(SHIPPED, "sparse", density * load.weights),
-        load.milliseconds(SHIPPED, "dense", load.weights),
+        load.milliseconds(SHIPPED, dense, load.weights),
     ]
     assert times[0] == pytest.approx(times[1])
 
@@ -121,7 +122,7 @@ def test_strided_pointwise_convolution_on_plain_tensors(one_thread):
     last = x.contiguous(memory_format=torch.channels_last)
 
     def layer():
-        return fill(nn.Conv2d(64, 128, 1, stride=2), 0.1)
+        return fill(nn.Conv2d(64, 128, 1, stride=2), 0.15)
 
     def report(model, x):
         return sb.sparsify_(model, sb.SparsifyConfig(example_input=x)).layers[0]
@@ -131,8 +132,8 @@ def test_strided_pointwise_convolution_on_plain_tensors(one_thread):
     assert alone.action == "dense"
     assert sparse > dense
     assert report(nn.Sequential(layer()), x).action == "sparse"
-    assert report(nn.Sequential(layer(), fill(nn.Conv2d(128, 64, 3), 0.1)), last).action == "sparse"
-    few = report(nn.Sequential(layer(), fill(nn.Conv2d(128, 64, 3), 0.1)), last[:8])  # too few to fill the lanes
+    assert report(nn.Sequential(layer(), fill(nn.Conv2d(128, 64, 3), 0.15)), last).action == "sparse"
+    few = report(nn.Sequential(layer(), fill(nn.Conv2d(128, 64, 3), 0.15)), last[:8])  # too few to fill the lanes
     assert few.action == "dense"
 
 
@@ -182,6 +183,10 @@ def test_fit_finds_the_constants():
     a, b, c = costs._fit(rows, fewer)
     assert a > 0
     assert (b, c >= 0) == (0.0, True)
+    falling = [1.0 / row[0] for row in rows]
+    a, b, c = costs._fit(rows, falling)
+    assert a > 0
+    assert min(b, c) >= 0
 
 
 def test_calibration_is_kept_and_read(cache, tiny, capsys):

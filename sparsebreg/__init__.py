@@ -5,7 +5,9 @@ from sparsebreg._info import Info, info
 from sparsebreg._version import __version__
 from sparsebreg.adaptive import LambdaScheduler
 from sparsebreg.backends import set_backend, use_backend
-from sparsebreg.convert import SparsifyConfig, SwapReport, densify_, sparsify_
+from sparsebreg.convert import SwapReport, densify_, sparsify_
+from sparsebreg.costs import calibrate
+from sparsebreg.decide import SparsifyConfig
 from sparsebreg.dynamic import SET, GradualPruning, Prune, RigL
 from sparsebreg.errors import BackendError, DataError, SparsebregError, SwapError
 from sparsebreg.initialize import erk_densities, sparse_init_, uniform_densities
@@ -42,6 +44,7 @@ __all__ = [
     "SwapError",
     "SwapReport",
     "__version__",
+    "calibrate",
     "densify_",
     "erk_densities",
     "flops",

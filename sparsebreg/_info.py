@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_info
 
-from sparsebreg import _extension, backends
+from sparsebreg import _extension, backends, costs
 from sparsebreg._version import __version__
 
 
@@ -30,6 +30,7 @@ class Info:
     python: str
     machine: str
     cpus: int
+    costs: str
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -43,6 +44,7 @@ class Info:
             "isa": f"{self.isa} (this CPU runs: {', '.join(self.isas) or 'unknown to this build'})",
             "threads": f"{self.threads} of {self.cpus} processors",
             "OpenMP runtimes": "; ".join(self.openmp) or "none loaded",
+            "costs": self.costs,
             "torch": self.torch,
             "python": f"{self.python} on {self.machine}",
         }
@@ -50,7 +52,7 @@ class Info:
 
 
 def info() -> Info:
-    """The backend in use and why, its instruction set, threads and the OpenMP runtimes loaded.
+    """The backend in use and why, its instruction set, threads, OpenMP runtimes, and by what costs "auto" decides.
 
     Raises:
         BackendError, ValueError: if the backend asked for by name cannot be used.
@@ -73,4 +75,5 @@ def info() -> Info:
         python=platform.python_version(),
         machine=f"{platform.system()} {platform.machine()}",
         cpus=os.cpu_count() or 1,
+        costs=costs.current()[1],
     )

@@ -8,54 +8,22 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import nn
+from torch.profiler import record_function
 
-from sparsebreg.errors import SwapError, check_choice, check_real, expected
-from sparsebreg.nn import SparseLayer, kind, sparse_form, to_plain, unsupported
+from sparsebreg import lanes
+from sparsebreg.decide import Decider, Filter, SparsifyConfig
+from sparsebreg.errors import SwapError, expected
+from sparsebreg.nn import SparseLayer, kind, sparse_form, to_plain, to_swapped, unsupported
 from sparsebreg.optim.base import REGULARISED, BregmanOptimizer
 from sparsebreg.pattern import SparsePattern
 from sparsebreg.regularizers import NoReg
-
-Filter = Callable[[nn.Module, str], bool]
-
-DECISIONS = ("auto", "always")
-
-#: Weights an output channel up to which a convolution is made sparse at any density.
-SMALL = 32
-
-
-@dataclass(frozen=True)
-class SparsifyConfig:
-    """Which layers become sparse.
-
-    Args:
-        min_sparsity: layers with a smaller fraction of zeros stay dense; in [0, 1].
-        decide: "auto" applies ``min_sparsity``, except to convolutions of at most 32 weights an output channel (the
-            first one of most networks): a dense one is hardly faster, and its output would have to be converted.
-            "always" makes every layer that has a sparse form sparse.
-
-    Raises:
-        TypeError, ValueError: naming the option.
-    """
-
-    min_sparsity: float = 0.8
-    decide: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_real("min_sparsity", self.min_sparsity, low=0, high=1)
-        check_choice("decide", self.decide, DECISIONS)
-
-    def least_sparsity(self, module: nn.Module) -> float:
-        """From which sparsity on the layer becomes sparse."""
-        weight = module.weight
-        small = weight.dim() == 4 and len(weight) >= 16 and weight[0].numel() <= SMALL
-        return 0.0 if self.decide == "always" or small else self.min_sparsity
 
 
 @dataclass(frozen=True)
@@ -85,12 +53,23 @@ class LayerReport:
         pairs = (("rows", self.empty_rows, self.shape[:1]), ("channels", self.empty_channels, self.shape[1:2]))
         return ", ".join(f"{n} of {of[0]} {what}" for what, n, of in pairs if n)
 
+    @property
+    def remaining(self) -> tuple[int, int]:
+        """Rows and columns of the weight as a matrix, without its empty rows and channels."""
+        rows, channels, *kernel = self.shape
+        return rows - self.empty_rows, (channels - self.empty_channels) * math.prod(kernel)
+
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What a swap did, layer by layer; prints as a table."""
+    """What a swap did, layer by layer; prints as a table.
+
+    Below it stand layers that have no active weight left, matrices that have become smaller, and operations that
+    unpacked lane tensors since the swap: print the report after a training step to see what a model should avoid.
+    """
 
     layers: list[LayerReport] = field(default_factory=list)
+    _unpacked_before: dict[str, int] = field(default_factory=lanes.unpacked, repr=False, compare=False)
 
     @property
     def sparse(self) -> list[LayerReport]:
@@ -99,6 +78,17 @@ class SwapReport:
     @property
     def dense(self) -> list[LayerReport]:
         return [r for r in self.layers if r.action == "dense"]
+
+    @property
+    def dead(self) -> list[LayerReport]:
+        """Layers without any active weight."""
+        return [r for r in self.layers if r.shape and not r.nnz]
+
+    @property
+    def unpacked(self) -> dict[str, int]:
+        """Operations of this process that unpacked lane tensors since the swap, by name, with how often they did."""
+        before = self._unpacked_before
+        return {name: n - before.get(name, 0) for name, n in lanes.unpacked().items() if n > before.get(name, 0)}
 
     @property
     def density(self) -> float:
@@ -111,7 +101,17 @@ class SwapReport:
             for r in self.layers
         ]
         table = tabulate(rows, ("layer", "kind", "shape", "density", "empty", "now", "why"), disable_numparse=True)
-        return f"{table}\n{len(self.sparse)} of {len(self.layers)} layers sparse, density {self.density:.2%}"
+        lines = [table, f"{len(self.sparse)} of {len(self.layers)} layers sparse, density {self.density:.2%}"]
+        if self.dead:
+            lines.append(f"no active weight is left in: {', '.join(r.name for r in self.dead)}")
+        for r in self.layers:
+            if r.nnz and r.empty:
+                (rows, cols), whole = r.remaining, (r.shape[0], math.prod(r.shape[1:]))
+                lines.append(f"{r.name}: the pattern is {rows}x{cols} of {whole[0]}x{whole[1]} as a matrix")
+        if self.unpacked:
+            found = ", ".join(f"{name} ({n} times)" for name, n in self.unpacked.items())
+            lines.append(f"unpacked lane tensors since the swap: {found}")
+        return "\n".join(lines)
 
 
 class _Places:
@@ -179,9 +179,10 @@ def _check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
             raise ValueError(expected(f"masks['{name}']", "zero weights outside of it", f"{outside} others"))
 
 
+@record_function("sparsebreg::plan")
 def plan_freeze(
     model: nn.Module,
-    config: SparsifyConfig,
+    decider: Decider,
     filter_fn: Filter | None,
     optimizer: torch.optim.Optimizer | None,
     masks: Mapping[str, torch.Tensor] | None = None,
@@ -196,6 +197,7 @@ def plan_freeze(
         )
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(expected("optimizer", "a torch.optim.Optimizer", type(optimizer).__name__))
+    decider.look(model)
     groups = _held(optimizer) if optimizer is not None else {}
     bregman = isinstance(optimizer, BregmanOptimizer)
     places = _Places(model)
@@ -213,7 +215,6 @@ def plan_freeze(
         if weight.device.type == "cpu":
             pattern = SparsePattern.from_mask(masks[name]) if name in masks else SparsePattern.from_nonzeros(weight)
         nnz = pattern.nnz if pattern is not None else weight.numel()
-        sparsity = 1 - nnz / max(1, weight.numel())
         group = groups.get(id(weight))
         if not reason and module is model:
             reason = "is the model itself and cannot be replaced in place"
@@ -224,22 +225,18 @@ def plan_freeze(
         if not reason and bregman and group is not None and not group["reg"].sparse:
             reg = type(group["reg"])
             reason = "not regularised" if reg is NoReg else f"{reg.__name__} makes no zeros"
+        action = "dense"
         if not reason:
             plan.able.append(name)
-        least = config.least_sparsity(module)
-        if not reason and sparsity < least:
-            reason = f"sparsity {sparsity:.2%} is below {config.min_sparsity:.2%}"
-        if not reason:
+            faster, reason = decider(name, module, pattern)
+            action = "sparse" if faster else "dense"
+        if action == "sparse":
             if optimizer is not None and group is None and weight.requires_grad:
                 raise SwapError(
                     expected("optimizer", f"one that holds the parameter '{name}.weight'", "one without it")
                 )
             plan.patterns[name] = pattern
             taken.add(id(weight))
-        action = "dense" if reason else "sparse"
-        if not reason:
-            chosen = "decide='always'" if config.decide == "always" else f"at most {SMALL} weights an output channel"
-            reason = f"sparsity of at least {config.min_sparsity:.2%}" if least else chosen
         empty = (pattern.empty_rows, pattern.empty_channels) if pattern is not None else ()
         plan.report.layers.append(LayerReport(name, kind(module), tuple(weight.shape), nnz, action, reason, *empty))
     if bregman:
@@ -252,6 +249,21 @@ def plan_freeze(
     return plan
 
 
+def report_of(model: nn.Module, patterns: Mapping[str, SparsePattern], masks: Mapping[str, torch.Tensor]) -> SwapReport:
+    """What a checkpoint brings: patterns of sparse layers and masks of parameters that stay dense, by name."""
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, REGULARISED) and (name in patterns or f"{name}.weight" in masks):
+            pattern = patterns.get(name) or SparsePattern.from_mask(masks[f"{name}.weight"])
+            action = "sparse" if name in patterns else "dense"
+            empty = pattern.empty_rows, pattern.empty_channels
+            layers.append(
+                LayerReport(name, kind(module), pattern.shape, pattern.nnz, action, "as in the checkpoint", *empty)
+            )
+    return SwapReport(layers)
+
+
+@record_function("sparsebreg::freeze")
 def carry_out(
     model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None, *, keep_grads: bool = True
 ) -> None:
@@ -262,6 +274,7 @@ def carry_out(
         module = model.get_submodule(name)
         weight = module.weight
         to_plain(module)
+        to_swapped(module, layer)
         places.replace(module, layer)
         if optimizer is not None:
             _carry_state(optimizer, weight, layer)
@@ -288,7 +301,7 @@ def sparsify_(
 
     Args:
         model: any module that is not wrapped for data parallelism.
-        config: which layers; default: ``SparsifyConfig()``.
+        config: which layers; default: ``SparsifyConfig()``, which keeps layers dense that are predicted faster so.
         filter_fn: called with (module, qualified name); layers for which it is false stay dense.
         optimizer: the optimizer that trains the model, if there is one.
         masks: boolean, of the weight's shape, by layer name: the pattern of these layers, where active weights may be
@@ -299,10 +312,10 @@ def sparsify_(
 
     Raises:
         TypeError, ValueError: for a mask that does not fit.
-        SwapError: for a wrapped or already swapped model, or an optimizer that does not hold a weight to be swapped.
-        Nothing is changed then.
+        SwapError: for a wrapped or already swapped model, an optimizer that does not hold a weight to be swapped, or an
+        example input that the model does not take. Nothing is changed then.
     """
-    plan = plan_freeze(model, config or SparsifyConfig(), filter_fn, optimizer, masks)
+    plan = plan_freeze(model, Decider(config or SparsifyConfig()), filter_fn, optimizer, masks)
     carry_out(model, plan, optimizer)
     return plan.report
 
@@ -338,11 +351,12 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     )
 
 
+@record_function("sparsebreg::thaw")
 def thaw(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, keep_grads: bool = True) -> None:
     """densify_ without its checks."""
     places = _Places(model)
     for layer in dict.fromkeys(sparse_layers(model).values()):
-        dense = layer.origin()
+        dense = layer.give_back()
         weight = dense.weight
         weight.data = layer.weight
         if layer.channels_last:

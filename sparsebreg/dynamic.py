@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsebreg.convert import Filter, SparsifyConfig, SwapReport, carry_out, plan_freeze, thaw
+from sparsebreg.convert import SwapReport, carry_out, plan_freeze, thaw
+from sparsebreg.decide import Decider, Filter, SparsifyConfig
 from sparsebreg.errors import SwapError, check_choice, check_int, check_real, expected
 from sparsebreg.initialize import DISTRIBUTIONS, layer_densities
 from sparsebreg.multilevel import PHASES
@@ -52,7 +53,8 @@ class MaskedTraining:
         self.config = config or SparsifyConfig()
         self.filter_fn = filter_fn
         self.generator = torch.Generator().manual_seed(check_int("seed", seed, low=0))
-        plan_freeze(model, self.config, filter_fn, optimizer)  # raises for a model that cannot be swapped
+        self._decider = Decider(self.config)
+        plan_freeze(model, self._decider, filter_fn, optimizer)  # raises for a model that cannot be swapped
         weights = [m.weight for m in model.modules() if isinstance(m, REGULARISED)]
         if len({id(w) for w in weights}) < len(weights):
             raise SwapError(expected("model", "layers with weights of their own", "one that shares a weight"))
@@ -139,7 +141,7 @@ class MaskedTraining:
 
     def _freeze(self) -> None:
         if self.phase == "fine":
-            plan = plan_freeze(self.model, self.config, self.filter_fn, self.optimizer, self.masks)
+            plan = plan_freeze(self.model, self._decider, self.filter_fn, self.optimizer, self.masks)
             carry_out(self.model, plan, self.optimizer, keep_grads=False)
             self.phase, self.report = "coarse", plan.report
 
@@ -164,6 +166,7 @@ class MaskedTraining:
             "steps": self.steps,
             "masks": dict(self.masks),
             "generator": self.generator.get_state(),
+            "decisions": self._decider.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -180,6 +183,8 @@ class MaskedTraining:
             wanted = tuple(self.masks[name].shape) if name in self.masks else "no such layer"
             if got != wanted:
                 raise ValueError(expected(f"masks['{name}']", f"shape {wanted}", got))
+        if "decisions" in state:
+            self._decider.load_state_dict(state["decisions"])
         self._thaw()
         self.masks, self.steps = masks, steps
         self.generator.set_state(state["generator"])

@@ -13,6 +13,7 @@ from sparsebreg.backends import Geometry, Layout
 from sparsebreg.errors import check_input, expected
 from sparsebreg.lanes import LANES, LaneTensor
 from sparsebreg.pattern import SparsePattern
+from sparsebreg.profiling import labelled
 
 __all__ = ["Geometry", "sparse_conv2d", "sparse_linear"]
 
@@ -43,6 +44,7 @@ def _plain(x: torch.Tensor) -> torch.Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
+    @labelled("linear")
     def forward(ctx: Any, x, values, bias, weight, pattern, backend):
         ctx.pattern, ctx.backend = pattern, backend
         x = _readable(x, backend)
@@ -53,6 +55,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @labelled("linear_backward")
     def backward(ctx: Any, grad_y):
         x, values = ctx.saved_tensors
         *needs, needs_weight = ctx.needs_input_grad[:4]
@@ -68,6 +71,7 @@ class _Linear(torch.autograd.Function):
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
+    @labelled("conv2d")
     def forward(ctx: Any, x, values, bias, weight, pattern, geometry, layout, backend):
         ctx.pattern, ctx.geometry, ctx.backend, ctx.x_shape = pattern, geometry, backend, x.shape
         x = _readable(x, backend)
@@ -79,6 +83,7 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @labelled("conv2d_backward")
     def backward(ctx: Any, grad_y):
         x, values = ctx.saved_tensors
         *needs, needs_weight = ctx.needs_input_grad[:4]

@@ -17,6 +17,7 @@ import torch
 from sparsebreg import _extension, memory
 from sparsebreg._extension import native
 from sparsebreg.errors import BackendError, check_input, expected
+from sparsebreg.profiling import labelled
 
 __all__ = ["LANES", "LaneTensor", "from_plain", "to_plain", "unpacked"]
 
@@ -38,6 +39,7 @@ def blocks(n: int) -> int:
     return -(-n // LANES)
 
 
+@labelled("pack")
 def pack(plain: torch.Tensor) -> torch.Tensor:
     """(N, ...) contiguous to (ceil(N / 16), ..., 16); the padding lanes are zero."""
     n, rest = plain.shape[0], tuple(plain.shape[1:])
@@ -51,6 +53,7 @@ def pack(plain: torch.Tensor) -> torch.Tensor:
     return packed
 
 
+@labelled("unpack")
 def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
     """The other way: (ceil(n / 16), ..., 16) to (n, ...)."""
     rest = tuple(packed.shape[1:-1])
@@ -160,6 +163,7 @@ class _Normed(_Deferred):
     def rectified(self) -> _Normed:
         return _Normed(self.sources, self.sizes, self.scale, self.shift, True)
 
+    @labelled("norm_relu")
     def compute(self) -> torch.Tensor:
         x, *residual = [c.get_packed() for c in self.sources]
         y = memory.empty(tuple(x.shape), x.dtype)
@@ -723,6 +727,7 @@ def _norm_sizes(x: torch.Tensor) -> tuple[int, int, int]:
 
 
 @_handles(aten.native_batch_norm.default)
+@labelled("batch_norm")
 def _batch_norm(func, args, kwargs):
     x, weight, bias, running_mean, running_var, training, momentum, eps = args
     others = [t for t in (weight, bias, running_mean, running_var) if t is not None]
@@ -751,6 +756,7 @@ def _batch_norm(func, args, kwargs):
 
 
 @_handles(aten.native_batch_norm_backward.default)
+@labelled("batch_norm_backward")
 def _batch_norm_backward(func, args, kwargs):
     grad_y, x, weight, running_mean, running_var, mean, invstd, training, eps, wanted = args
     if not isinstance(x, LaneTensor):

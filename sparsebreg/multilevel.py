@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsebreg.convert import Filter, Plan, SparsifyConfig, SwapReport, carry_out, plan_freeze, sparse_layers, thaw
+from sparsebreg.convert import Plan, SwapReport, carry_out, plan_freeze, report_of, sparse_layers, thaw
+from sparsebreg.decide import Decider, Filter, SparsifyConfig
 from sparsebreg.errors import SwapError, check_choice, check_int, expected
 from sparsebreg.nn import to_fine, to_plain
 from sparsebreg.optim.base import BregmanOptimizer
@@ -43,7 +44,7 @@ class Multilevel:
         coarse_steps: m of the present cycle.
         cycles: cycles begun so far, that is, with their fine steps done.
         coarse_done: coarse steps since the freeze.
-        report: what the latest freeze did, or None.
+        report: what the latest freeze did, or None; after loading a checkpoint of a coarse phase, what it brought.
 
     Raises:
         TypeError, ValueError: for a wrong argument; SwapError (a ValueError) for a model that cannot be swapped, or an
@@ -70,7 +71,8 @@ class Multilevel:
         self.model, self.optimizer = model, optimizer
         self.config = config or SparsifyConfig()
         self.filter_fn = filter_fn
-        able = plan_freeze(model, self.config, filter_fn, None).able  # raises for a model that cannot be swapped
+        self._decider = Decider(self.config)
+        able = plan_freeze(model, self._decider, filter_fn, None).able  # raises for a model that cannot be swapped
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
         if missing := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
             raise SwapError(
@@ -125,7 +127,7 @@ class Multilevel:
 
     def freeze(self) -> SwapReport:
         """Freezes the current pattern; the next step is a coarse one. Raises SwapError if it is frozen already."""
-        plan = plan_freeze(self.model, self.config, self.filter_fn, self.optimizer)
+        plan = plan_freeze(self.model, self._decider, self.filter_fn, self.optimizer)
         self._carry_out(plan)
         self.phase, self.coarse_done = "coarse", 0
         return plan.report
@@ -144,7 +146,7 @@ class Multilevel:
                     p.grad = None
         for name in self._able:
             module = self.model.get_submodule(name)
-            to_fine(module, self._patterns.get(name), 1 - self.config.least_sparsity(module))
+            to_fine(module, self._patterns.get(name), 1 - self._decider.least_sparsity(name, module))
         self.phase, self.coarse_done = "fine", 0
         self._patterns, self._masks = {}, {}
 
@@ -169,6 +171,7 @@ class Multilevel:
             "schedule": self.schedule.state_dict() if isinstance(self.schedule, PlateauCoarse) else {},
             "patterns": {n: p.state_dict() for n, p in (self._patterns or self._fine_patterns()).items()},
             "masks": dict(self._masks),
+            "decisions": self._decider.state_dict(),
         }
 
     def _fine_patterns(self) -> dict[str, SparsePattern]:
@@ -210,11 +213,14 @@ class Multilevel:
         for name in masks:
             if name not in parameters:
                 raise ValueError(expected("masks", "names of the model's parameters", repr(name)))
+        if "decisions" in state:
+            self._decider.load_state_dict(state["decisions"])
         if current or self._masks:
             self.phase = "coarse"
             self._enter_fine()
         if phase == "coarse":
-            self._carry_out(Plan(patterns, {n: m.bool() for n, m in masks.items()}, SwapReport()))
+            masks = {n: m.bool() for n, m in masks.items()}
+            self._carry_out(Plan(patterns, masks, report_of(self.model, patterns, masks)))
         else:
             self._patterns = patterns
             self._enter_fine()

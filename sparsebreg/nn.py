@@ -19,7 +19,7 @@ from sparsebreg.pattern import SparsePattern
 __all__ = ["SparseConv2d", "SparseLayer", "SparseLinear"]
 
 
-def _is_channels_last(weight: torch.Tensor) -> bool:
+def is_channels_last(weight: torch.Tensor) -> bool:
     """Whether the weight says so by itself: with one input channel or a 1x1 kernel both formats may fit."""
     if weight.dim() != 4 or not weight.is_contiguous(memory_format=torch.channels_last):
         return False
@@ -37,14 +37,14 @@ class SparseLayer(nn.Module):
         super().__init__()
         weight = module.weight
         self.pattern = pattern
-        self.channels_last = _is_channels_last(weight)
+        self.channels_last = is_channels_last(weight)
         self.lanes = False
         self.values = nn.Parameter(pattern.gather(weight), requires_grad=weight.requires_grad)
         self.register_parameter("bias", module.bias)
         self.train(module.training)
 
     def swap_for(self, module: nn.Module) -> None:
-        """Takes the place of ``module``: its hooks fire here, and :meth:`origin` gives it back."""
+        """Takes the place of ``module``: its hooks fire here, and :meth:`give_back` gives it back."""
         # Not a submodule: its emptied weight is no parameter of the model.
         self.__dict__["_origin"] = module
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
@@ -53,9 +53,13 @@ class SparseLayer(nn.Module):
             self.__dict__[name] = module.__dict__[name]
         self.__dict__["_is_full_backward_hook"] = module.__dict__["_is_full_backward_hook"]
 
-    def origin(self) -> nn.Module:
-        """The dense module that this layer stands for (its weight is empty meanwhile), or a new one."""
-        return self.__dict__.get("_origin") or self.to_dense()
+    def give_back(self) -> nn.Module:
+        """The dense module that this layer stood for (its weight is still empty), or a new one."""
+        module = self.__dict__.pop("_origin", None)
+        if module is None:
+            return self.to_dense()
+        from_swapped(module)
+        return module
 
     def to_dense(self) -> nn.Module:
         raise NotImplementedError
@@ -130,6 +134,8 @@ def unsupported(module: nn.Module) -> str:
     """Why this module has no sparse form; an empty string where it has one."""
     if type(module) not in (nn.Linear, nn.Conv2d, FineLinear, FineConv2d):
         return f"{type(module).__name__} has no sparse form"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is not a plain parameter (pruned or parametrized)"
@@ -283,7 +289,7 @@ class FineConv2d(_Fine, nn.Conv2d):
         if (values := self._active()) is None:
             return super().forward(x)
         return functional.sparse_conv2d(
-            x, self._pattern, values, self.bias, geometry_of(self), _is_channels_last(self.weight), True, self.weight
+            x, self._pattern, values, self.bias, geometry_of(self), is_channels_last(self.weight), True, self.weight
         )
 
 
@@ -309,9 +315,55 @@ def to_plain(module: nn.Module) -> None:
         del module._pattern, module._max_density
 
 
+class _Swapped:
+    """What a dense layer is while a sparse one stands in its place: who still holds it gets that one's results."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """As of the sparse layer: made anew at every access; writing to it changes nothing."""
+        return self.__dict__["_stand_in"].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.__dict__["_stand_in"].forward(x)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.__dict__["_stand_in"]._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.__dict__["_stand_in"]._load_from_state_dict(*args)
+
+
+class SwappedLinear(_Swapped, nn.Linear):
+    pass
+
+
+class SwappedConv2d(_Swapped, nn.Conv2d):
+    pass
+
+
+_SWAPPED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: SwappedLinear, nn.Conv2d: SwappedConv2d}
+
+
+def to_swapped(module: nn.Module, layer: SparseLayer) -> None:
+    """From now on the plain dense module is ``layer`` for whoever still holds it; in place."""
+    module.__class__ = _SWAPPED[type(module)]
+    module.__dict__["_stand_in"] = layer  # not a submodule
+
+
+def from_swapped(module: nn.Module) -> None:
+    """Undoes :func:`to_swapped`."""
+    module.__class__ = next(plain for plain, swapped in _SWAPPED.items() if swapped is type(module))
+    del module.__dict__["_stand_in"]
+
+
+def form(module: nn.Module) -> type[SparseLayer]:
+    """The class of the sparse layer that computes what ``module`` does."""
+    return SparseLinear if isinstance(module, nn.Linear) else SparseConv2d
+
+
 def sparse_form(module: nn.Module, pattern: SparsePattern) -> SparseLayer:
     """The sparse layer that takes the place of ``module``."""
-    layer = (SparseLinear if isinstance(module, nn.Linear) else SparseConv2d)(module, pattern)
+    layer = form(module)(module, pattern)
     layer.swap_for(module)
     layer.lanes = True  # its neighbours in the model compute on what it returns
     return layer

@@ -1,6 +1,7 @@
 """sparsify_ and densify_: in place, with the optimizer's state, and nothing changed when refused."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import close, sparse_weight
 from torch import nn
 
 import sparsebreg as sb
+from sparsebreg import _extension
 from sparsebreg.errors import SwapError
 
 ALWAYS = sb.SparsifyConfig(decide="always")
@@ -291,3 +293,94 @@ def test_a_lone_layer_cannot_be_replaced():
     layer.weight.data.zero_()
     report = sb.sparsify_(layer)
     assert "cannot be replaced in place" in report.layers[0].reason
+
+
+class Listed(nn.Module):
+    """Keeps its layers in a plain list, which no swap sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(2, 3, 3), nn.Linear(12, 4)
+        self.layers = [self.conv, nn.Flatten(), self.linear]
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def _count(*args):
+    _count.calls += 1
+
+
+@pytest.mark.parametrize("use", ["as_it_is", "deepcopy", "pickle"])
+def test_old_reference_computes_with_the_sparse_layer(use, backend):
+    model, x = Listed().double(), torch.randn(5, 2, 4, 4).double()
+    old = model.linear
+    with torch.no_grad():
+        for m in (model.conv, model.linear):
+            m.weight *= torch.rand_like(m.weight) < 0.4
+    y, dense = model(x).detach(), old.weight.detach().clone()
+    old.register_forward_hook(_count)
+    sb.sparsify_(model, ALWAYS)
+    if use != "as_it_is":
+        model = copy.deepcopy(model) if use == "deepcopy" else pickle.loads(pickle.dumps(model))
+        old = model.layers[2]
+    _count.calls = 0
+    close(model(x), y)
+    assert _count.calls == 1
+    model(x).sum().backward()
+    assert model.linear.values.grad.shape == (model.linear.pattern.nnz,)
+    assert isinstance(old, nn.Linear)
+    assert torch.equal(old.weight, dense)
+    assert torch.equal(old.state_dict()["weight"], dense)
+    old.load_state_dict({"weight": 2 * dense, "bias": old.bias.detach()})
+    sb.densify_(model)
+    assert model.linear is old
+    assert type(old) is nn.Linear
+    assert torch.equal(old.weight, 2 * dense)
+
+
+def test_module_with_a_forward_of_its_own_is_left_alone():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].forward = lambda x: 2 * x
+    assert sb.sparsify_(model, ALWAYS).layers[0].reason == "its forward was replaced"
+    assert torch.equal(model(torch.ones(1, 4)), torch.full((1, 4), 2.0))
+
+
+def test_report_names_what_vanished_and_what_died():
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(3, 3))
+    with torch.no_grad():
+        model[0].weight[[1, 4]] = 0
+        model[0].weight[:, 3] = 0
+        model[2].weight[:, :2] = 0
+        model[3].weight.zero_()
+    report = sb.sparsify_(model, ALWAYS)
+    assert [r.remaining for r in report.layers] == [(4, 27), (8, 4), (0, 0), (3, 3)]
+    assert [r.name for r in report.dead] == ["3"]
+    lines = str(report).splitlines()
+    assert "no active weight is left in: 3" in lines
+    assert "0: the pattern is 4x27 of 6x36 as a matrix" in lines
+    assert "2: the pattern is 8x4 of 8x6 as a matrix" in lines
+    assert sum("as a matrix" in line for line in lines) == 2
+
+
+@pytest.mark.skipif(_extension.native() is None, reason="lane tensors need the native extension")
+def test_report_names_operations_that_unpacked():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return torch.cumsum(x, 1)
+
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), Odd(), nn.Conv2d(4, 4, 3))
+    x = torch.randn(16, 2, 8, 8)
+    earlier = sb.sparsify_(copy.deepcopy(model), ALWAYS)
+    report = sb.sparsify_(model, ALWAYS)
+    assert report.unpacked == {}
+    assert "unpacked" not in str(report)
+    with torch.no_grad():
+        model(x)
+        model(x)
+    assert report.unpacked == earlier.unpacked == {"cumsum": 2}
+    assert str(report).splitlines()[-1] == "unpacked lane tensors since the swap: cumsum (2 times)"
+    sb.densify_(model)
+    assert sb.sparsify_(model, ALWAYS).unpacked == {}

@@ -30,7 +30,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sparsebreg", description=sb.__doc__)
     parser.add_argument("--version", action="version", version=f"sparsebreg {sb.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="backend, instruction set, threads, OpenMP runtimes, and why")
+    facts = commands.add_parser("info", help="backend, instruction set, threads, OpenMP runtimes, and why")
+    facts.add_argument("--calibrate", action="store_true", help="first measure what layers cost here, and keep it")
     # What is not given stays out of the namespace: then a --config file or a default of Config counts.
     one = commands.add_parser("train", help="one training run", argument_default=argparse.SUPPRESS)
     many = commands.add_parser("compare", help="several methods, seeds and tasks", argument_default=argparse.SUPPRESS)
@@ -166,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         if args.command == "info":
+            if args.calibrate:
+                print(sb.calibrate(), end="\n\n")
             print(sb.info())
         else:
             {"train": _train, "compare": _compare, "report": _report}[args.command](args)

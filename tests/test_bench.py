@@ -404,6 +404,11 @@ def test_wrong_gradients_are_not_timed(tiny, monkeypatch):
             measure(Case("conv", "small_conv", part, 16), [0.2], budget=1e-3)
 
 
+def test_norms_need_lane_tensors(tiny, tmp_path, capsys):
+    assert main("--suite", "norm", "--batches", 3, "--quiet", "--out", tmp_path) == 1
+    assert "batches: expected batches of at least 16 and the native backend for norms" in capsys.readouterr().err
+
+
 def test_work_of_a_convolution(tiny):
     # 8 x 4 x 3 x 3 weights, 29 of them active; (16, 4, 6, 6) to (16, 8, 3, 3).
     done = work(Case("conv", "small_conv", "step", 16), 0.1)

@@ -174,10 +174,8 @@ def measure(
     for (implementation, density), (variant, seconds) in times.items():
         ratio, median = timing.quartiles(dense / seconds), float(np.median(seconds))
         todo = work(case, density)
-
-        def rate(amount: float | None, seconds: float = median) -> float | None:
-            return None if amount is None else 1e-9 * amount / seconds
-
+        amounts = {"useful_gflops": todo.useful, "effective_gflops": todo.dense, "gbs": todo.bytes}
+        rates = {name: amount and 1e-9 * amount / median for name, amount in amounts.items()}
         result = {
             **asdict(case),
             "threads": torch.get_num_threads(),
@@ -190,13 +188,11 @@ def measure(
             "dense_ms": timing.quartiles(1e3 * dense),
             "ratio": ratio,
             "ratios": [ratio["median"]],
-            "useful_gflops": rate(todo.useful),
-            "effective_gflops": rate(todo.dense),
-            "gbs": rate(todo.bytes),
-            "intensity": None if todo.useful is None or not todo.bytes else todo.useful / todo.bytes,
+            **rates,
+            "intensity": todo.useful and todo.useful / todo.bytes,
         }
         for name, of, roof in (("of_gemm", "useful_gflops", "gemm_gflops"), ("of_copy", "gbs", "copy_gbs")):
-            result[name] = None if roofs is None or result[of] is None else result[of] / roofs[roof]
+            result[name] = result[of] / roofs[roof] if roofs and result[of] else None
         results.append(result)
     return results, notes
 
@@ -379,7 +375,8 @@ def run(
 
     Raises:
         ValueError: for a file to compare with that is none, or has nothing in common with what is to be measured.
-        RunError: for a result that is wrong, an output folder that cannot be written, or without matplotlib.
+        RunError: for a result that is wrong, an output folder that cannot be written, nothing to be measured on this
+        backend, or without matplotlib.
     """
     cases, counts = options.cases(), options.thread_counts()
     old = load(options.compare) if options.compare else None
@@ -419,6 +416,9 @@ def run(
         return [merged(r) for r in runs.values()]
 
     carry_out(plan, "measuring")
+    if not runs:
+        wanted = "batches of at least 16 and the native backend for norms"
+        raise RunError(expected("batches", wanted, f"{options.grid('batches')} and {facts['backend']}"))
     found = None
     if old is not None:
         found = compare(old["results"], results(), options.tolerance)

@@ -82,8 +82,8 @@ def installed() -> dict[str, str]:
 
 
 def active(shape: Sequence[int], density: float) -> int:
-    """Active weights at this density."""
-    return round(density * math.prod(shape))
+    """Active weights at this density; at least one."""
+    return max(1, round(density * math.prod(shape)))
 
 
 def _mask(shape: Sequence[int], density: float) -> torch.Tensor:

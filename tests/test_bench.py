@@ -221,9 +221,10 @@ def test_break_even(densities, ratios, relation, density):
     assert break_even(densities, ratios) == (relation, pytest.approx(density))
 
 
-def result(layer, ratio, density=0.1, by="sparse", threads=2, **more):
+def result(layer, ratio, density=0.1, by="sparse", threads=2, quartiles=(0.0, 0.0), **more):
     keys = {"suite": "linear", "layer": layer, "part": "step", "batch": 128, "threads": threads, "density": density}
-    return {**keys, "implementation": by, "ratio": {"q1": 0.1, "median": ratio, "q3": 99.0}, **more}
+    q1, q3 = quartiles
+    return {**keys, "implementation": by, "rounds": 9, "ratio": {"q1": q1, "median": ratio, "q3": q3}, **more}
 
 
 def test_comparison():
@@ -240,8 +241,19 @@ def test_comparison():
     assert re.search(r"\| b step batch=128 threads=2 density=10% sparse +\| +4.00 \| +3.39 \| +-15% \|", text)
     assert "missing now:\n  f step" in text
     assert "not measured before:\n  a step batch=128 threads=2 density=20% sparse" in text
-    assert text.endswith("1 worse, 1 better, 3 the same within the tolerance")
+    assert text.endswith("1 worse, 1 better, 3 the same within tolerance and noise")
     assert compare(old, new, 16.0).worse == {}
+    # The interval of nine rounds is 1.57 / 3 of the quartiles' distance to either side: 3.39 + 0.009 and + 0.011.
+    for spread, worse in ((0.0172, ["b"]), (0.0210, [])):
+        new[1] = result("b", 3.39, quartiles=(3.3, 3.3 + spread))
+        assert [k[1] for k in compare(old, new, 15.0).worse] == worse
+    for spread, better in ((0.0172, ["d"]), (0.0210, [])):
+        new[3] = result("d", 4.61, quartiles=(4.6, 4.6 + spread))
+        assert [k[1] for k in compare(old, new, 15.0).better] == better
+    text = str(compare([result(str(i), 1.0) for i in range(23)], new, 15.0))
+    assert "  19 step" in text
+    assert "  20 step" not in text
+    assert "\n  and 3 more\n" in text
 
 
 @pytest.mark.parametrize(("ratios", "median"), [((2.0,), 2.0), ((1.0, 3.0), 3.0), ((5.0, 1.0, 3.0), 3.0)])
@@ -271,7 +283,7 @@ def test_a_kernel_slowed_by_a_quarter_is_told_and_noise_is_not(clock, tmp_path, 
     for _ in range(3):
         status, times, text = again(1.0)
         assert (status, times) == (0, 1)
-        assert "0 worse, 0 better, 2 the same within the tolerance" in text
+        assert "0 worse, 0 better, 2 the same within tolerance and noise" in text
     status, times, text = again(1.25)
     assert (status, times) == (1, 4)  # three times more
     assert "2 worse, 0 better" in text

@@ -40,6 +40,9 @@ SMALL = {"densities": (0.1, 0.05, 0.01), "batches": (128,), "parts": ("forward",
 #: How often what seems worse is measured again before it counts.
 AGAIN = 3
 
+#: Entries listed that only one of two files has.
+LISTED = 20
+
 Result = dict[str, Any]
 
 
@@ -341,29 +344,42 @@ class Comparison:
                 lines += [_rows((title, "before", "now", "change"), rows, 1), ""]
         for title, keys in (("missing now", self.missing), ("not measured before", self.additional)):
             if keys:
-                lines += [f"{title}:", *(f"  {name(k)}" for k in keys), ""]
-        lines.append(f"{len(self.worse)} worse, {len(self.better)} better, {self.same} the same within the tolerance")
+                more = [f"  and {len(keys) - LISTED} more"] if len(keys) > LISTED else []
+                lines += [f"{title}:", *(f"  {name(k)}" for k in keys[:LISTED]), *more, ""]
+        lines.append(
+            f"{len(self.worse)} worse, {len(self.better)} better, {self.same} the same within tolerance and noise"
+        )
         return "\n".join(lines)
 
 
-def _ratios(results: Iterable[Result]) -> dict[tuple[Any, ...], float]:
-    """Median ratios of this package's implementations by key."""
-    return {key(r): r["ratio"]["median"] for r in results if r["implementation"] not in FOREIGN}
+def _own(results: Iterable[Result]) -> dict[tuple[Any, ...], Result]:
+    """This package's implementations by key."""
+    return {key(r): r for r in results if r["implementation"] not in FOREIGN}
+
+
+def _notch(result: Result) -> float:
+    """Half the 95 % interval of a median ratio (McGill, Tukey, Larsen, The American Statistician 32, 1978)."""
+    return 1.57 * (result["ratio"]["q3"] - result["ratio"]["q1"]) / math.sqrt(result["rounds"])
 
 
 def compare(old: Sequence[Result], new: Sequence[Result], tolerance: float) -> Comparison:
-    """Compares ratios to dense, not times: ``worse`` fell by more than ``tolerance`` percent.
+    """Compares ratios to dense, not times: ``worse`` fell by more than ``tolerance`` percent, ``better`` rose so.
 
-    Peers do not count. Machines may differ, but ratios of another one are a hint only.
+    The whole 95 % interval of the new median has to be beyond. Peers do not count. Machines may differ, but ratios of
+    another one are a hint only.
     """
-    before, now = _ratios(old), _ratios(new)
-    common = {k: (before[k], now[k]) for k in now if k in before}
-    worse = {k: (a, b) for k, (a, b) in common.items() if b < a * (1 - tolerance / 100)}
-    better = {k: (a, b) for k, (a, b) in common.items() if b > a * (1 + tolerance / 100)}
-    return Comparison(
-        worse, better, len(common) - len(worse) - len(better),
-        [k for k in before if k not in now], [k for k in now if k not in before],
-    )  # fmt: skip
+    before, now = _own(old), _own(new)
+    common = [k for k in now if k in before]
+    worse, better = {}, {}
+    for k in common:
+        a, b = (side[k]["ratio"]["median"] for side in (before, now))
+        if b + _notch(now[k]) < a * (1 - tolerance / 100):
+            worse[k] = a, b
+        elif b - _notch(now[k]) > a * (1 + tolerance / 100):
+            better[k] = a, b
+    same = len(common) - len(worse) - len(better)
+    missing, additional = [k for k in before if k not in now], [k for k in now if k not in before]
+    return Comparison(worse, better, same, missing, additional)
 
 
 def run(
@@ -371,7 +387,7 @@ def run(
 ) -> Comparison | None:
     """Measures, prints tables and writes the files; compares where a file to compare with is given.
 
-    What seems worse is measured again up to three times, and counts if the median of all runs is worse.
+    What seems worse is measured again up to three times; the run with the median ratio of all counts.
 
     Raises:
         ValueError: for a file to compare with that is none, or has nothing in common with what is to be measured.
@@ -399,7 +415,7 @@ def run(
         bar = progress(total=len(plan), unit="case", desc=what) if progress else None
         for n, case in plan:
             if bar is not None:
-                bar.set_postfix_str(str(case))
+                bar.set_postfix_str(str(case), refresh=False)
             with timing.threads(n):
                 if n not in roofs:
                     roofs[n] = timing.roofs()

@@ -312,6 +312,7 @@ def test_comparison_with_another_machine(clock, tmp_path, capsys):
     assert main(*FORWARD, "--out", tmp_path) == 0
     old = json.loads((tmp_path / "bench.json").read_text())
     old["machine"]["cpu"] = "Z80"
+    old["roofs"][0]["copy_gbs"] = 20.0
     gone = copy.deepcopy(old["results"][0])
     gone["layer"] = "gone"
     old["results"] = [gone, *(r for r in old["results"] if r["density"] != 0.5)]
@@ -320,11 +321,13 @@ def test_comparison_with_another_machine(clock, tmp_path, capsys):
     assert main(*FORWARD, "--compare", tmp_path / "old.json", "--out", tmp_path) == 0
     text = capsys.readouterr().out
     assert "Not the same conditions: cpu: Z80 before, " in text
+    assert "; 20 GB/s of a copy before, 10 now" in text
+    assert "GF/s of a product before" not in text
     assert "missing now:\n  gone forward" in text
     assert re.search(r"not measured before:\n  small forward batch=128 threads=\d+ density=50% sparse\n", text)
 
 
-GOOD = {"schema": 1, "machine": {}, "results": [result("a", 2.0)]}
+GOOD = {"schema": 1, "machine": {}, "roofs": [], "results": [result("a", 2.0)]}
 
 
 @pytest.mark.parametrize(
@@ -336,6 +339,7 @@ GOOD = {"schema": 1, "machine": {}, "results": [result("a", 2.0)]}
         ("[1]", "another file"),
         ('{"benchmarks": [], "version": "4.0.0"}', "another file"),
         (json.dumps({**GOOD, "schema": 99}), "schema 99"),
+        (json.dumps({**GOOD, "roofs": [{"threads": 1}]}), "roofs with KeyError: 'gemm_gflops'"),
         (json.dumps({**GOOD, "results": [7]}), r"results\[0\] with TypeError"),
         (json.dumps({**GOOD, "results": [{"ratio": {"median": 1.0}}]}), r"results\[0\] with KeyError: 'suite'"),
         (json.dumps({**GOOD, "results": [result("a", -2.0)]}), r"results\[0\] with ValueError: ratio"),

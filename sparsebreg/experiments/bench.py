@@ -310,6 +310,13 @@ def load(path: str | Path) -> dict[str, Any]:
         raise wrong(f"another file: {path}")
     if found.get("schema") != SCHEMA:
         raise wrong(f"schema {found.get('schema')}")
+    try:
+        for r in found["roofs"]:
+            hash(r["threads"])
+            for name in ("gemm_gflops", "copy_gbs"):
+                check_real(name, r[name], low=0, strict=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise wrong(f"roofs with {type(error).__name__}: {error}") from None
     for i, result in enumerate(found["results"]):
         try:
             check_real("ratio", result["ratio"]["median"], low=0, strict=True)
@@ -492,7 +499,14 @@ def _report(content: dict[str, Any], old: dict[str, Any] | None, found: Comparis
     if old is not None:
         parts.append("## Compared with before")
         before = old["machine"] if isinstance(old["machine"], dict) else {}
-        if differ := [f"{k}: {before.get(k)} before, {facts[k]} now" for k in _MACHINE if before.get(k) != facts[k]]:
+        differ = [f"{k}: {before.get(k)} before, {facts[k]} now" for k in _MACHINE if before.get(k) != facts[k]]
+        roofs = {r["threads"]: r for r in old["roofs"]}
+        for r in content["roofs"]:
+            for k, unit in (("gemm_gflops", "GF/s of a product"), ("copy_gbs", "GB/s of a copy")):
+                was = roofs[r["threads"]][k] if r["threads"] in roofs else r[k]
+                if not 0.8 < r[k] / was < 1.25:  # a busy machine slows sparse and dense layers unequally
+                    differ.append(f"{was:.0f} {unit} before, {r[k]:.0f} now")
+        if differ:
             parts.append("Not the same conditions: " + "; ".join(differ))
         parts.append(str(found))
     return "\n\n".join(parts) + "\n"

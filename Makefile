@@ -5,7 +5,7 @@ OUT ?= runs/demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-kernels test-neon bench bench-networks benchmark lint format clean
+.PHONY: demo test test-kernels test-neon bench bench-baseline bench-compare benchmark lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparsebreg info
@@ -35,14 +35,21 @@ build/test-neon: $(shell find csrc -type f)
 	mkdir -p $(@D)
 	aarch64-linux-gnu-g++ $(TEST_FLAGS) $(TESTED) -o $@
 
-bench: $(VENV)/.bench
-	$(BIN)/python bench/table.py
+# Options of the benchmark: make bench BENCH='--suite conv --full'.
+BENCH ?=
 
-bench-networks: $(VENV)/.bench
-	$(BIN)/python bench/networks.py
+bench: $(VENV)/.bench
+	$(BIN)/sparsebreg bench $(BENCH) --out runs/bench
+
+bench-baseline: $(VENV)/.bench
+	$(BIN)/sparsebreg bench $(BENCH) --repeats 3 --out runs/bench-baseline
+	cp runs/bench-baseline/bench.json bench/baseline.json
+
+bench-compare: $(VENV)/.bench
+	$(BIN)/sparsebreg bench $(BENCH) --compare bench/baseline.json --out runs/bench-compare
 
 benchmark: $(VENV)/.bench
-	$(BIN)/pytest bench --benchmark-group-by=param:layer,param:density --benchmark-columns=median,iqr,rounds
+	$(BIN)/pytest bench --benchmark-columns=median,iqr,rounds --benchmark-autosave
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

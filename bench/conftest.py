@@ -1,43 +1,38 @@
-"""Benchmarks run on all processors that torch takes, in float32, batch 128, forward and backward together."""
+"""The cases of ``sparsebreg bench`` for pytest-benchmark, on all processors that torch takes; see README.md."""
 
 import pytest
-import torch
 
 import sparsebreg as sb
+from sparsebreg.experiments.bench import Options
+from sparsebreg.experiments.cases import candidates, installed
 
-BATCH = 128
+
+def pytest_addoption(parser):
+    parser.addoption("--grid", choices=("small", "full"), default="small", help="which layers, densities and batches")
 
 
-@pytest.fixture(params=[0.1, 0.05, 0.01], ids=lambda d: f"density={d:g}")
-def density(request):
-    return request.param
+def pytest_generate_tests(metafunc):
+    """A test for every way to do what the cases of the module's SUITE and PARTS say."""
+    if "timed" not in metafunc.fixturenames:
+        return
+    options = Options("", metafunc.module.SUITE, full=metafunc.config.getoption("--grid") == "full")
+    parts = getattr(metafunc.module, "PARTS", [p for p in options.grid("parts") if p != "swap"])
+    options = Options("", options.suite, parts=parts, full=options.full)
+    peers = tuple(installed())
+    ways = [(case, way) for case in options.cases() for way in candidates(case, options.grid("densities"), peers)]
+    metafunc.parametrize("timed", ways, indirect=True, ids=[f"{case} {way}".replace(" ", "-") for case, way in ways])
 
 
 @pytest.fixture
-def run(benchmark):
-    """Times forward + backward of a layer; checks the sparse result against the dense one first."""
+def timed(request, benchmark):
+    """Verifies the result of a way to do something, and times it."""
+    case, way = request.param
 
-    def go(dense, x, implementation, density):
-        torch.manual_seed(0)
-        with torch.no_grad():
-            dense.weight.mul_(torch.rand_like(dense.weight) < density)
-        if implementation == "channels_last":
-            layer, x = dense.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-        elif implementation == "sparse":
-            cls = sb.nn.SparseLinear if isinstance(dense, torch.nn.Linear) else sb.nn.SparseConv2d
-            layer = cls.from_dense(dense)
-            assert torch.allclose(layer(x), dense(x), atol=1e-4)
-        else:
-            layer = dense
-        x.requires_grad_()
-        grad = torch.randn_like(layer(x))
-
-        def step():
-            x.grad = None
-            layer.zero_grad()
-            layer(x).backward(grad)
-
-        benchmark.extra_info["backend"] = sb.info().backend
+    def go():
+        step = way.prepare()
+        benchmark.group = str(case)
+        facts = sb.info()
+        benchmark.extra_info.update(backend=facts.backend, isa=facts.isa, threads=facts.threads)
         benchmark.pedantic(step, rounds=11, warmup_rounds=2)
 
     return go

@@ -1,13 +1,7 @@
-"""Linear layers: sparse against torch's dense ones."""
+"""Linear layers: sparse, dense torch, torch's CSR product, peers."""
 
-import pytest
-import torch
-from conftest import BATCH
-from layers import LINEAR
+SUITE = "linear"
 
 
-@pytest.mark.parametrize("layer", LINEAR)
-@pytest.mark.parametrize("implementation", ["dense", "sparse"])
-def test_linear(run, layer, implementation, density):
-    i, o = LINEAR[layer]
-    run(torch.nn.Linear(i, o), torch.randn(BATCH, i), implementation, density)
+def test_linear(timed):
+    timed()

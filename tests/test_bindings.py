@@ -67,8 +67,8 @@ CALLS = {
         {"dst"},
     ),
     "linbreg_step": (
-        lambda a, t: C.linbreg_step(a["p"], a["g"], a["v"], a["m"], 0.1, 0.9, 1.0, 0.1, 0.0, False, t),
-        arrays(p=7, g=7, v=7, m=7),
+        lambda a, t: C.linbreg_step(a["p"], a["g"], a["v"], a["m"], a["active"], 0.1, 0.9, 1.0, 0.1, 0.0, False, t),
+        {**arrays(p=7, g=7, v=7, m=7), "active": np.ones(7, dtype=bool)},
         {"p", "v", "m"},
     ),
     "max_pool_forward": (

@@ -312,27 +312,33 @@ void test_pack() {
 
 void test_linbreg_step() {
   for (int64_t n : {1, 5, 16, 8192, 20003})
-    for (bool momentum : {false, true})
+    for (int variant : {0, 1, 2, 3})
       for (double lam : {0.0, 0.3}) {
+        const bool momentum = variant & 1, masked = variant & 2;
+        std::vector<uint8_t> active(n);
+        for (int64_t i = 0; i < n; ++i) active[i] = i % 3 != 1;
         const Doubles p0 = random_doubles(n), g = random_doubles(n), v0 = random_doubles(n), m0 = random_doubles(n);
         const double lr = 0.125, beta = 0.75, delta = 1.5, decay = 0.0625, sign = momentum ? 1 : -1;
         Doubles p(p0), v(v0), m(m0);
         for (size_t i = 0; i < p.size(); ++i) {
+          if (masked && !active[i]) continue;
           const double step = lr * (sign * g[i] + decay * p[i]);
           m[i] = beta * m[i] + (1 - beta) * step;
           v[i] -= momentum ? m[i] : step;
           const double z = delta * v[i], shrunk = std::max(std::abs(z) - delta * lam, 0.0);
           p[i] = std::copysign(shrunk, z);
         }
-        everywhere("linbreg_step " + text({n, momentum}) + " lam " + std::to_string(lam), [&](auto zero, int threads) {
-          using T = decltype(zero);
-          Buffer<T> pb(p0), gb(g), vb(v0), mb(m0);
-          kernels<T>().linbreg_step(
-              StepArgs<T>{n, pb, gb, vb, momentum ? mb.data : nullptr, lr, beta, delta, lam, decay, sign, threads});
-          compare("p", pb, p);
-          compare("v", vb, v);
-          if (momentum) compare("m", mb, m);
-        });
+        everywhere("linbreg_step " + text({n, momentum, masked}) + " lam " + std::to_string(lam),
+                   [&](auto zero, int threads) {
+                     using T = decltype(zero);
+                     Buffer<T> pb(p0), gb(g), vb(v0), mb(m0);
+                     kernels<T>().linbreg_step(StepArgs<T>{n, pb, gb, vb, momentum ? mb.data : nullptr,
+                                                           masked ? active.data() : nullptr, lr, beta, delta, lam,
+                                                           decay, sign, threads});
+                     compare("p", pb, p);
+                     compare("v", vb, v);
+                     if (momentum) compare("m", mb, m);
+                   });
       }
   family("linbreg_step");
 }

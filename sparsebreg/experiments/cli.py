@@ -12,9 +12,11 @@ from typing import Any
 
 import sparsebreg as sb
 from sparsebreg.errors import SparsebregError, check_int, expected
+from sparsebreg.experiments.cases import PARTS
 from sparsebreg.experiments.config import FORMATS, SCHEDULES, Config, read_toml
 from sparsebreg.experiments.data import DATASETS
 from sparsebreg.experiments.methods import METHODS
+from sparsebreg.experiments.shapes import SUITES
 from sparsebreg.experiments.train import Stopped, train
 from sparsebreg.models import MODELS
 
@@ -67,6 +69,22 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--restart", action="store_true", default=False, help="begin anew, whatever is in --out")
         p.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
     one.add_argument("--progress", choices=("bar", "lines"), default="bar", help=argparse.SUPPRESS)
+    bench = commands.add_parser(
+        "bench", help="how much faster than dense torch, and whether that got worse", argument_default=argparse.SUPPRESS
+    )
+    bench.add_argument("--suite", help=f"one of {', '.join(SUITES)}, all (default)")
+    bench.add_argument("--layers", type=_list, help="names of layers, norms and models (see the table)")
+    bench.add_argument("--densities", type=_list, help="fractions of active weights, with commas between them")
+    bench.add_argument("--batches", type=_list, help="batch sizes, with commas between them")
+    bench.add_argument("--threads", type=_list, help="numbers of threads, with commas between them; default: torch's")
+    bench.add_argument("--parts", type=_list, help=f"some of {', '.join(PARTS)}")
+    bench.add_argument("--full", action="store_true", help="the full grid where nothing else is given; takes hours")
+    bench.add_argument("--budget", type=float, help="seconds for each case (default 2), five rounds at least")
+    bench.add_argument("--repeats", type=int, help="runs of the whole grid, of which the median ratio counts")
+    bench.add_argument("--compare", metavar="OLD.json", help="exit status 1 where ratios of this bench.json fell")
+    bench.add_argument("--tolerance", type=float, help="percent by which they may fall (default 15)")
+    bench.add_argument("--out", help="folder for bench.json, bench.md and the plots")
+    bench.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
     page = commands.add_parser("report", help="one page about all runs in a folder")
     page.add_argument("folder", help="as given to --out of train or compare")
     return parser
@@ -159,10 +177,31 @@ def _report(args: argparse.Namespace) -> None:
         print(path)
 
 
+def _numbers(name: str, words: list[str], kind: type) -> list[Any]:
+    try:
+        return [kind(word) for word in words]
+    except ValueError:
+        raise ValueError(expected(name, "numbers", ", ".join(words))) from None
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from sparsebreg.experiments.bench import Options, run
+
+    given = {k: v for k, v in vars(args).items() if k in Options.__dataclass_fields__}
+    if "out" not in given:
+        raise ValueError(expected("out", "a folder for the results (--out)", "none"))
+    for name, kind in (("densities", float), ("batches", int), ("threads", int)):
+        if name in given:
+            given[name] = _numbers(name, given[name], kind)
+    found = run(Options(**given), _progress(args.quiet))
+    return 1 if found is not None and found.worse else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status.
 
-    0; 1 for an error that the user can mend; 2 for a wrong call; 128 + the signal's number for a run that was stopped.
+    0; 1 for an error that the user can mend, and for a benchmark that got worse; 2 for a wrong call; 128 + the signal's
+    number for a run that was stopped.
     """
     args = _parser().parse_args(argv)
     try:
@@ -171,7 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(sb.calibrate(), end="\n\n")
             print(sb.info())
         else:
-            {"train": _train, "compare": _compare, "report": _report}[args.command](args)
+            commands = {"train": _train, "compare": _compare, "report": _report, "bench": _bench}
+            return commands[args.command](args) or 0
     except (SparsebregError, ValueError, TypeError) as error:
         print(f"sparsebreg: error: {error}", file=sys.stderr)
         return 1

@@ -13,6 +13,7 @@ from torch import nn
 from sparsebreg.errors import check_choice, check_int, check_real, expected
 from sparsebreg.multilevel import Multilevel
 from sparsebreg.optim.base import REGULARISED, BregmanOptimizer
+from sparsebreg.pattern import count_nonzero
 from sparsebreg.regularizers import L1
 
 #: How far the target is on its way at a fraction of the ramp.
@@ -233,13 +234,13 @@ class LambdaScheduler:
             p = self.optimizer.param_groups[i]["params"][j]
             state = self.optimizer.state.get(p, {})
             active = state.get("active", p.detach())
-            counts.append(p.numel() if p in self.optimizer.patterns else int(active.count_nonzero()))
+            counts.append(p.numel() if p in self.optimizer.patterns else count_nonzero(active))
         return counts
 
     def _sparsities(self, counts: list[int]) -> list[float]:
         if self.per_layer:
             return [1 - c / max(1, n) for c, n in zip(counts, self._sizes, strict=True)]
-        active = sum(counts) + sum(int(m.weight.count_nonzero()) for m in self._fixed)
+        active = sum(counts) + sum(count_nonzero(m.weight) for m in self._fixed)
         return [1 - active / max(1, sum(self._sizes) + sum(m.weight.numel() for m in self._fixed))]
 
     def _notice(self, counts: list[int]) -> None:
@@ -285,7 +286,7 @@ class LambdaScheduler:
         values = torch.cat(parts)
         if not self.per_layer:  # weights without a regularizer take their part of what may be active
             total = sum(self._sizes) + sum(m.weight.numel() for m in self._fixed)
-            goal = (goal * total - sum(int(m.weight.count_nonzero()) for m in self._fixed)) / max(1, sum(self._sizes))
+            goal = (goal * total - sum(count_nonzero(m.weight) for m in self._fixed)) / max(1, sum(self._sizes))
         rank = len(values) - int(max(0.0, goal) * len(values))
         return float(values.kthvalue(min(len(values), max(1, rank))).values) if len(values) else None
 

@@ -42,6 +42,17 @@ def count_nonzero(weight: torch.Tensor) -> int:
     return int(np.count_nonzero(weight.numpy() != 0) if weight.is_cpu else weight.count_nonzero())
 
 
+def largest(score: torch.Tensor, count: int) -> torch.Tensor:
+    """Boolean mask of the ``count`` largest entries; of equal ones the first."""
+    flat = score.detach().reshape(-1)
+    if count == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    bound = flat.kthvalue(len(flat) - count + 1).values
+    mask = flat > bound
+    mask[(flat == bound).nonzero()[: count - int(mask.sum()), 0]] = True
+    return mask.view(score.shape)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class SparsePattern:
     """The places of the active weights of one layer, without their values.

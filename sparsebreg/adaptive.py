@@ -44,9 +44,10 @@ class LambdaScheduler:
 
     where η is halved each time the gap changes sign and grows by a fifth otherwise, between 0.05 and 1. λ stays while
     the gap is within ``tolerance``. With :class:`sparsebreg.L1`, steps with η above 1/4 go no further than to the
-    quantile of the sizes of v at which the density would be the target's. In a multilevel cycle sparsity is measured
-    after a fine step, on the frozen pattern, and λ moves at the thaw, before the next fine step: in between it would
-    not change the pattern.
+    quantile of the sizes of v at which the density would be the target's. From twice the target's density on λ goes at
+    least to the quantile that halves the density: with a λ far too small, more weights wake than the learning rate may
+    bear. In a multilevel cycle sparsity is measured after a fine step, on the frozen pattern, and λ moves at the thaw,
+    before the next fine step: in between it would not change the pattern.
 
     A λ far too large on a model that has the target sparsity from the start is not noticed: its pattern just stays. And
     the controller does not keep training stable: where weights that wake make it diverge, take a smaller learning rate.
@@ -266,7 +267,10 @@ class LambdaScheduler:
         if bound is None:
             return ratio
         least = math.exp(min(_FREE, self._gains[k]) * gap)
-        return min(ratio, max(least, bound)) if gap > 0 else max(ratio, min(least, bound))
+        if gap < 0:
+            return max(ratio, min(least, bound))
+        half = self._exact(self._units[k], max(goal, density / 2)) if density >= 2 * goal else None
+        return max(min(ratio, max(least, bound)), half or 0.0)
 
     def _exact(self, unit: list[int], goal: float) -> float | None:
         """The factor of λ that would leave just ``goal`` of the weights active if v stayed; None where unknown."""

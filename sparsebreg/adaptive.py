@@ -249,7 +249,8 @@ class LambdaScheduler:
         self.dead = [n for n, c, size in zip(self._names, counts, self._sizes, strict=True) if size and not c]
         if new := [n for n in self.dead if n not in self._warned]:
             self._warned.update(new)
-            warnings.warn(f"no active weights left in {', '.join(new)}", stacklevel=3)
+            if self.cycle is None or self.cycle.report is None:  # else the cycle has told
+                warnings.warn(f"no active weights left in {', '.join(new)}", stacklevel=3)
 
     def _ratio(self, k: int, density: float, goal: float) -> float:
         """What the λ of unit k is multiplied by."""

@@ -6,6 +6,7 @@ The only place that changes a pattern during training. Source: Lunk, Scott, Bung
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -95,6 +96,7 @@ class Multilevel:
         self.phase = "fine"
         self.coarse_done = 0
         self.report: SwapReport | None = None
+        self._dead: set[str] = set()
         self._patterns: dict[str, SparsePattern] = {}
         self._masks: dict[str, Any] = {}
         #: Of the levels inside the frozen pattern that the present one is in: what may move, by parameter name.
@@ -182,10 +184,18 @@ class Multilevel:
         return check_int("coarse_steps", self.schedule(self.cycles), low=0)  # type: ignore[misc]
 
     def freeze(self) -> SwapReport:
-        """Freezes the current pattern; the next step is a coarse one. Raises SwapError if it is frozen already."""
+        """Freezes the current pattern; the next step is a coarse one. Raises SwapError if it is frozen already.
+
+        The first time that a layer has no active weight left, a warning tells. Training goes on, and the layer's
+        weights may wake in the next fine step.
+        """
         plan = plan_freeze(self.model, self.config, self.filter_fn, self.optimizer)
         self._carry_out(plan)
         self.phase, self.coarse_done = "coarse", 0
+        dead = [r.name for r in plan.report.layers if math.prod(r.shape) and not r.nnz and r.name not in self._dead]
+        if dead:
+            self._dead.update(dead)
+            warnings.warn(f"no active weights left in {', '.join(dead)}", stacklevel=3)
         return plan.report
 
     def thaw(self) -> None:

@@ -15,7 +15,7 @@ from sparsebreg.multilevel import Multilevel
 from sparsebreg.optim import AdaBreg, LinBreg, ProxSGD, param_groups
 from sparsebreg.pattern import SparsePattern
 from sparsebreg.regularizers import L1, GroupL2, L1GroupL2, L1NonNegative, NoReg, NuclearNorm
-from sparsebreg.schedules import LinearCoarse, PlateauCoarse
+from sparsebreg.schedules import Level, LinearCoarse, PlateauCoarse
 
 __all__ = [
     "L1",
@@ -29,6 +29,7 @@ __all__ = [
     "L1GroupL2",
     "L1NonNegative",
     "LambdaScheduler",
+    "Level",
     "LinBreg",
     "LinearCoarse",
     "Multilevel",

@@ -13,6 +13,7 @@ from torch import nn
 from sparsebreg.errors import check_choice, check_int, check_real, expected
 from sparsebreg.multilevel import Multilevel
 from sparsebreg.optim.base import REGULARISED, BregmanOptimizer
+from sparsebreg.pattern import count_nonzero
 from sparsebreg.regularizers import L1
 
 #: How far the target is on its way at a fraction of the ramp.
@@ -43,9 +44,10 @@ class LambdaScheduler:
 
     where η is halved each time the gap changes sign and grows by a fifth otherwise, between 0.05 and 1. λ stays while
     the gap is within ``tolerance``. With :class:`sparsebreg.L1`, steps with η above 1/4 go no further than to the
-    quantile of the sizes of v at which the density would be the target's. In a multilevel cycle sparsity is measured
-    after a fine step, on the frozen pattern, and λ moves at the thaw, before the next fine step: in between it would
-    not change the pattern.
+    quantile of the sizes of v at which the density would be the target's. From twice the target's density on λ goes at
+    least to the quantile that halves the density: with a λ far too small, more weights wake than the learning rate may
+    bear. In a multilevel cycle sparsity is measured after a fine step, on the frozen pattern, and λ moves at the thaw,
+    before the next fine step: in between it would not change the pattern.
 
     A λ far too large on a model that has the target sparsity from the start is not noticed: its pattern just stays. And
     the controller does not keep training stable: where weights that wake make it diverge, take a smaller learning rate.
@@ -233,13 +235,13 @@ class LambdaScheduler:
             p = self.optimizer.param_groups[i]["params"][j]
             state = self.optimizer.state.get(p, {})
             active = state.get("active", p.detach())
-            counts.append(p.numel() if p in self.optimizer.patterns else int(active.count_nonzero()))
+            counts.append(p.numel() if p in self.optimizer.patterns else count_nonzero(active))
         return counts
 
     def _sparsities(self, counts: list[int]) -> list[float]:
         if self.per_layer:
             return [1 - c / max(1, n) for c, n in zip(counts, self._sizes, strict=True)]
-        active = sum(counts) + sum(int(m.weight.count_nonzero()) for m in self._fixed)
+        active = sum(counts) + sum(count_nonzero(m.weight) for m in self._fixed)
         return [1 - active / max(1, sum(self._sizes) + sum(m.weight.numel() for m in self._fixed))]
 
     def _notice(self, counts: list[int]) -> None:
@@ -247,7 +249,8 @@ class LambdaScheduler:
         self.dead = [n for n, c, size in zip(self._names, counts, self._sizes, strict=True) if size and not c]
         if new := [n for n in self.dead if n not in self._warned]:
             self._warned.update(new)
-            warnings.warn(f"no active weights left in {', '.join(new)}", stacklevel=3)
+            if self.cycle is None or self.cycle.report is None:  # else the cycle has told
+                warnings.warn(f"no active weights left in {', '.join(new)}", stacklevel=3)
 
     def _ratio(self, k: int, density: float, goal: float) -> float:
         """What the λ of unit k is multiplied by."""
@@ -265,7 +268,10 @@ class LambdaScheduler:
         if bound is None:
             return ratio
         least = math.exp(min(_FREE, self._gains[k]) * gap)
-        return min(ratio, max(least, bound)) if gap > 0 else max(ratio, min(least, bound))
+        if gap < 0:
+            return max(ratio, min(least, bound))
+        half = self._exact(self._units[k], max(goal, density / 2)) if density >= 2 * goal else None
+        return max(min(ratio, max(least, bound)), half or 0.0)
 
     def _exact(self, unit: list[int], goal: float) -> float | None:
         """The factor of λ that would leave just ``goal`` of the weights active if v stayed; None where unknown."""
@@ -285,7 +291,7 @@ class LambdaScheduler:
         values = torch.cat(parts)
         if not self.per_layer:  # weights without a regularizer take their part of what may be active
             total = sum(self._sizes) + sum(m.weight.numel() for m in self._fixed)
-            goal = (goal * total - sum(int(m.weight.count_nonzero()) for m in self._fixed)) / max(1, sum(self._sizes))
+            goal = (goal * total - sum(count_nonzero(m.weight) for m in self._fixed)) / max(1, sum(self._sizes))
         rank = len(values) - int(max(0.0, goal) * len(values))
         return float(values.kthvalue(min(len(values), max(1, rank))).values) if len(values) else None
 

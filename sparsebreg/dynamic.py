@@ -19,6 +19,7 @@ from sparsebreg.errors import SwapError, check_choice, check_int, check_real, ex
 from sparsebreg.initialize import DISTRIBUTIONS, layer_densities
 from sparsebreg.multilevel import PHASES
 from sparsebreg.optim.base import REGULARISED, BregmanOptimizer
+from sparsebreg.pattern import largest
 
 Distribution = str | Mapping[str, float]
 
@@ -230,7 +231,7 @@ class _DropAndGrow(MaskedTraining):
         self._freeze()
 
     def _random(self, weight: torch.Tensor, density: float) -> torch.Tensor:
-        return _largest(torch.rand(weight.shape, generator=self.generator), round(density * weight.numel()))
+        return largest(torch.rand(weight.shape, generator=self.generator), round(density * weight.numel()))
 
     def _due(self, step: int) -> bool:
         return step % self.update_every == 0 and (self.stop_after is None or step < self.stop_after)
@@ -248,9 +249,9 @@ class _DropAndGrow(MaskedTraining):
     def _change(self, name: str, weight: nn.Parameter, mask: torch.Tensor) -> torch.Tensor:
         active = int(mask.sum())
         drop = int(self.fraction(self.steps) * active)
-        kept = _largest(torch.where(mask, weight.abs(), -1), active - drop)
+        kept = largest(torch.where(mask, weight.abs(), -1), active - drop)
         score = self._growth(weight)
-        return kept | _largest(torch.where(kept, -1, score), drop)
+        return kept | largest(torch.where(kept, -1, score), drop)
 
 
 class RigL(_DropAndGrow):
@@ -361,7 +362,7 @@ class GradualPruning(MaskedTraining):
         if self.distribution == "global":
             scores = [torch.where(self.masks[n], m.weight.detach().abs(), -1) for n, m in self._dense().items()]
             flat = torch.cat([s.reshape(-1) for s in scores])
-            keep = _largest(flat, round((1 - self.part(self.steps) * (1 - self.final)) * flat.numel()))
+            keep = largest(flat, round((1 - self.part(self.steps) * (1 - self.final)) * flat.numel()))
             parts = keep.split([s.numel() for s in scores])
             self._next = {n: k.view(s.shape) for n, k, s in zip(self._dense(), parts, scores, strict=True)}
         super()._update()
@@ -370,7 +371,7 @@ class GradualPruning(MaskedTraining):
         if self.distribution == "global":
             return self._next[name]
         density = 1 - self.part(self.steps) * (1 - self._final[name])
-        return _largest(torch.where(mask, weight.abs(), -1), round(density * weight.numel()))
+        return largest(torch.where(mask, weight.abs(), -1), round(density * weight.numel()))
 
 
 class Prune(GradualPruning):
@@ -394,14 +395,3 @@ class Prune(GradualPruning):
     ) -> None:
         at = check_int("at", at, low=1)
         super().__init__(model, optimizer, density, at, at, 1, distribution, config, filter_fn)
-
-
-def _largest(score: torch.Tensor, count: int) -> torch.Tensor:
-    """Boolean mask of the ``count`` largest entries; of equal ones the first."""
-    flat = score.detach().reshape(-1)
-    if count == 0:
-        return torch.zeros_like(score, dtype=torch.bool)
-    bound = flat.kthvalue(len(flat) - count + 1).values
-    mask = flat > bound
-    mask[(flat == bound).nonzero()[: count - int(mask.sum()), 0]] = True
-    return mask.view(score.shape)

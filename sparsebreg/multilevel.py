@@ -5,7 +5,9 @@ The only place that changes a pattern during training. Source: Lunk, Scott, Bung
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +18,9 @@ from sparsebreg.decide import Decider, Filter, SparsifyConfig
 from sparsebreg.errors import SwapError, check_choice, check_int, expected
 from sparsebreg.nn import to_fine, to_plain
 from sparsebreg.optim.base import BregmanOptimizer
-from sparsebreg.pattern import SparsePattern
-from sparsebreg.schedules import PlateauCoarse
+from sparsebreg.pattern import SparsePattern, largest
+from sparsebreg.regularizers import L1, L1NonNegative, NoReg
+from sparsebreg.schedules import Level, PlateauCoarse
 
 PHASES = ("fine", "coarse")
 
@@ -38,12 +41,15 @@ class Multilevel:
             the same, as masked dense weights.
         fine_steps: fine steps in a row in every cycle.
         warmup: further fine steps before the first cycle.
+        levels: further levels inside the frozen pattern, each inside the one before it. Their steps count among the
+            coarse ones. For regularizers that are sums over single weights.
 
     Attributes:
         phase: "fine" or "coarse": what the next step is.
         coarse_steps: m of the present cycle.
         cycles: cycles begun so far, that is, with their fine steps done.
         coarse_done: coarse steps since the freeze.
+        level: of the next step: 0 all weights, 1 the frozen pattern, 2 and on those of ``levels``.
         report: what the latest freeze did, or None; after loading a checkpoint of a coarse phase, what it brought.
 
     Raises:
@@ -60,6 +66,7 @@ class Multilevel:
         filter_fn: Filter | None = None,
         fine_steps: int = 1,
         warmup: int = 0,
+        levels: Sequence[Level] = (),
     ) -> None:
         self.schedule = coarse_steps if callable(coarse_steps) else None
         self.cycles = 0
@@ -72,6 +79,13 @@ class Multilevel:
         self.config = config or SparsifyConfig()
         self.filter_fn = filter_fn
         self._decider = Decider(self.config)
+        self.levels = tuple(levels)
+        for level in self.levels:
+            if not isinstance(level, Level):
+                raise TypeError(expected("levels", "sparsebreg.Level", type(level).__name__))
+        for reg in (g["reg"] for g in optimizer.param_groups) if self.levels else ():
+            if type(reg) not in (NoReg, L1, L1NonNegative):
+                raise ValueError(expected("levels", "regularizers that are sums over single weights", reg))
         able = plan_freeze(model, self._decider, filter_fn, None).able  # raises for a model that cannot be swapped
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
         if missing := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
@@ -84,8 +98,11 @@ class Multilevel:
         self.phase = "fine"
         self.coarse_done = 0
         self.report: SwapReport | None = None
+        self._dead: set[str] = set()
         self._patterns: dict[str, SparsePattern] = {}
         self._masks: dict[str, Any] = {}
+        #: Of the levels inside the frozen pattern that the present one is in: what may move, by parameter name.
+        self._inner: list[dict[str, torch.Tensor]] = []
         self._enter_fine()
 
     def step(self, closure: Callable[[], Any] | None = None, loss: Any = None) -> Any:
@@ -111,7 +128,50 @@ class Multilevel:
             stalled = plateau is not None and plateau.stalled(float(torch.as_tensor(value).detach()))
             if stalled or self.coarse_done >= self.coarse_steps:
                 self._enter_fine()
+            else:
+                self._change_level()
         return result
+
+    @property
+    def level(self) -> int:
+        return 1 + len(self._inner) if self.phase == "coarse" else 0
+
+    def _change_level(self) -> None:
+        """Enters or leaves levels inside the frozen pattern, as many coarse steps after the freeze as there were."""
+        depth, done = 0, self.coarse_done
+        for level in self.levels:
+            done %= level.every + level.steps
+            if done < level.every:
+                break
+            done -= level.every
+            depth += 1
+        if depth > len(self._inner):  # by one: every level begins with steps of its own
+            above, keep = self._inner[-1] if self._inner else self._masks, self.levels[depth - 1].keep
+            masks = {}
+            for name, p in self._movable():
+                score = p.detach().abs()
+                if name in above:
+                    score = torch.where(above[name], score, -1)
+                masks[name] = largest(score, math.ceil(keep * int((score >= 0).sum())))
+            self._inner.append(masks)
+            self._hold()
+        elif depth < len(self._inner):
+            del self._inner[depth:]
+            self._hold()
+
+    def _movable(self) -> list[tuple[str, nn.Parameter]]:
+        """Regularised parameters, which have weights that may stand still, by name."""
+        held = {id(p) for g in self.optimizer.param_groups if g["reg"].sparse for p in g["params"]}
+        return [(n, p) for n, p in self.model.named_parameters() if id(p) in held]
+
+    def _hold(self) -> None:
+        """What is outside of the present level stands still."""
+        masks = self._inner[-1] if self._inner else self._masks
+        for name, p in self._movable():
+            if name in masks:
+                self.optimizer.state[p]["active"] = masks[name]
+            elif p in self.optimizer.state:
+                self.optimizer.state[p].pop("active", None)
 
     def _begin(self) -> None:
         """The coarse part of a cycle begins, if it has any."""
@@ -126,10 +186,18 @@ class Multilevel:
         return check_int("coarse_steps", self.schedule(self.cycles), low=0)  # type: ignore[misc]
 
     def freeze(self) -> SwapReport:
-        """Freezes the current pattern; the next step is a coarse one. Raises SwapError if it is frozen already."""
+        """Freezes the current pattern; the next step is a coarse one. Raises SwapError if it is frozen already.
+
+        The first time that a layer has no active weight left, a warning tells. Training goes on, and the layer's
+        weights may wake in the next fine step.
+        """
         plan = plan_freeze(self.model, self._decider, self.filter_fn, self.optimizer)
         self._carry_out(plan)
         self.phase, self.coarse_done = "coarse", 0
+        dead = [r.name for r in plan.report.layers if math.prod(r.shape) and not r.nnz and r.name not in self._dead]
+        if dead:
+            self._dead.update(dead)
+            warnings.warn(f"no active weights left in {', '.join(dead)}", stacklevel=3)
         return plan.report
 
     def thaw(self) -> None:
@@ -140,6 +208,9 @@ class Multilevel:
 
     def _enter_fine(self) -> None:
         if self.phase == "coarse":
+            if self._inner:
+                self._inner = []
+                self._hold()
             thaw(self.model, self.optimizer, keep_grads=False)
             for group in self.optimizer.param_groups:
                 for p in group["params"]:
@@ -172,6 +243,7 @@ class Multilevel:
             "patterns": {n: p.state_dict() for n, p in (self._patterns or self._fine_patterns()).items()},
             "masks": dict(self._masks),
             "decisions": self._decider.state_dict(),
+            "inner": [dict(masks) for masks in self._inner],
         }
 
     def _fine_patterns(self) -> dict[str, SparsePattern]:
@@ -193,6 +265,9 @@ class Multilevel:
         fine_done, cycles = check_int("fine_done", state["fine_done"]), check_int("cycles", state["cycles"], low=0)
         patterns = {n: SparsePattern.from_state_dict(s) for n, s in state["patterns"].items()}
         masks = dict(state["masks"])
+        inner = [{n: m.bool() for n, m in masks.items()} for masks in state["inner"]]
+        if len(inner) > len(self.levels):
+            raise ValueError(expected("inner", f"at most {len(self.levels)} levels", len(inner)))
         current = sparse_layers(self.model)
         modules = dict(self.model.named_modules())
         for name, pattern in patterns.items():
@@ -215,12 +290,20 @@ class Multilevel:
                 raise ValueError(expected("masks", "names of the model's parameters", repr(name)))
         if "decisions" in state:
             self._decider.load_state_dict(state["decisions"])
+        for name, mask in ((n, m) for masks_ in inner for n, m in masks_.items()):
+            layer = name.removesuffix(".values")
+            fits = (patterns[layer].nnz,) if layer in patterns else tuple(getattr(parameters.get(name), "shape", ()))
+            if tuple(mask.shape) != fits:
+                raise ValueError(expected(f"inner['{name}']", f"shape {fits}", tuple(mask.shape)))
         if current or self._masks:
             self.phase = "coarse"
             self._enter_fine()
         if phase == "coarse":
             masks = {n: m.bool() for n, m in masks.items()}
             self._carry_out(Plan(patterns, masks, report_of(self.model, patterns, masks)))
+            if inner:
+                self._inner = inner
+                self._hold()
         else:
             self._patterns = patterns
             self._enter_fine()

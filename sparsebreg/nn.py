@@ -14,7 +14,7 @@ from torch import nn
 from sparsebreg import functional
 from sparsebreg.errors import SwapError, expected
 from sparsebreg.functional import Geometry
-from sparsebreg.pattern import SparsePattern
+from sparsebreg.pattern import SparsePattern, count_nonzero
 
 __all__ = ["SparseConv2d", "SparseLayer", "SparseLinear"]
 
@@ -268,7 +268,7 @@ class _Fine:
         weight = self.weight.detach()
         if self._pattern is not None:
             values = self._pattern.gather(weight)
-            if int(values.count_nonzero()) == int(weight.count_nonzero()):
+            if count_nonzero(values) == count_nonzero(weight):
                 return values
         self._pattern = SparsePattern.from_nonzeros(weight)
         if self._pattern.density > self._max_density:

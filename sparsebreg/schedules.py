@@ -1,6 +1,7 @@
-"""How long a pattern stays frozen: schedules for the ``coarse_steps`` of :class:`sparsebreg.Multilevel`.
+"""How long a pattern stays frozen, and levels inside of it: for :class:`sparsebreg.Multilevel`.
 
-A schedule is called with the number of the cycle, from 0, when its pattern is frozen, and returns its coarse steps.
+A schedule of its ``coarse_steps`` is called with the number of the cycle, from 0, when its pattern is frozen, and
+returns its coarse steps.
 """
 
 from __future__ import annotations
@@ -31,6 +32,35 @@ class LinearCoarse:
 
     def __call__(self, cycle: int) -> int:
         return round(self.start + (self.end - self.start) * min(1.0, cycle / max(1, self.cycles - 1)))
+
+
+@dataclass(frozen=True)
+class Level:
+    """A level inside the frozen pattern: after every ``every`` steps on the level above, ``steps`` steps on this one.
+
+    It holds the ``keep`` largest weights by magnitude of each layer, as a fraction of those on the level above, chosen
+    anew whenever it is entered. The other active weights stand still meanwhile, dual variables and momentum too, but go
+    on taking part in output and input gradient: the loss is the same function, restricted to fewer variables, so
+    gradients need no correction and every step keeps the descent of the method.
+
+    Source: Lunk, Scott, Bungert, arXiv 2602.03535, for the idea; levels inside the nonzero weights are this package's.
+
+    Args:
+        every, steps: at least 1.
+        keep: in (0, 1].
+
+    Raises:
+        TypeError, ValueError: naming the option.
+    """
+
+    every: int
+    steps: int
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_int("every", self.every, low=1)
+        check_int("steps", self.steps, low=1)
+        check_real("keep", self.keep, low=0, strict=True, high=1)
 
 
 class PlateauCoarse:

@@ -140,11 +140,24 @@ class ProxSGD:
         return w - self.lr * s["momentum_buffer"], self.lr
 
 
-class Training:
-    """Steps a model by a rule; with ``coarse_steps``, m steps on the frozen nonzero weights after every other one."""
+def depths(levels, steps, depth=0):
+    """How many levels inside the frozen pattern each of so many coarse steps is; ``levels``: (every, steps, keep)."""
+    if not levels:
+        return [depth] * steps
+    (every, inside, _), *deeper = levels
+    period = [depth] * every + depths(deeper, inside, depth + 1)
+    return (period * steps)[:steps]
 
-    def __init__(self, model, rule, reg, coarse_steps=0):
+
+class Training:
+    """Steps a model by a rule; with ``coarse_steps``, m steps on the frozen nonzero weights after every other one.
+
+    Of these, those that ``depths`` says are on the largest weights of ``levels``.
+    """
+
+    def __init__(self, model, rule, reg, coarse_steps=0, levels=()):
         self.model, self.rule, self.m, self.left = model, rule, coarse_steps, 0
+        self.levels, self.depths, self.masks = levels, depths(levels, coarse_steps), []
         self.reg = {n: reg if p.dim() > 1 else sb.NoReg() for n, p in model.named_parameters()}
         self.state = {n: rule.start(p.detach().clone(), self.reg[n]) for n, p in model.named_parameters()}
         self.mask = {}
@@ -152,6 +165,8 @@ class Training:
     @torch.no_grad()
     def step(self):
         coarse = self.left > 0
+        if coarse and self.levels:
+            self._choose(self.depths[self.m - self.left])
         for n, p in self.model.named_parameters():
             before = dict(self.state[n])
             z, t = self.rule.move(p.clone(), p.grad, self.state[n])
@@ -161,12 +176,28 @@ class Training:
                 for key, old in before.items():
                     if isinstance(old, torch.Tensor):
                         self.state[n][key] = torch.where(keep, self.state[n][key], old)
-            p.copy_(prox(self.reg[n], z, t))
+            new = prox(self.reg[n], z, t)
+            p.copy_(torch.where(self.mask[n], new, p) if coarse and self.reg[n].sparse else new)
         if coarse:
             self.left -= 1
         elif self.m:
             self.mask = {n: p != 0 for n, p in self.model.named_parameters()}
+            self.masks = [self.mask]
             self.left = self.m
+
+    def _choose(self, depth):
+        """The mask of this depth: kept, or made of the largest weights of the one above."""
+        self.masks = self.masks[: depth + 1]
+        if len(self.masks) <= depth:
+            inside = {}
+            for n, p in self.model.named_parameters():
+                active = self.masks[-1][n].flatten().nonzero().flatten().tolist()
+                order = sorted(active, key=lambda i: -abs(p.flatten()[i].item()))
+                mask = torch.zeros(p.numel(), dtype=torch.bool)
+                mask[order[: math.ceil(self.levels[depth - 1][2] * len(active))]] = True
+                inside[n] = mask.view(p.shape)
+            self.masks.append(inside)
+        self.mask = self.masks[-1]
 
 
 def least_squares(shape, dtype=torch.float64, seed=3):

@@ -72,6 +72,22 @@ def test_reaches_the_target(kind, coarse_steps, target, lam, one_thread):
 
 
 @pytest.mark.parametrize("coarse_steps", [None, 9])
+def test_far_too_many_weights_are_halved_at_once(coarse_steps, one_thread):
+    """λ goes to the size of v above which half of the active weights are, far beyond what its gain says."""
+    model, optimizer, cycle, scheduler = make("linbreg", 1e-4, coarse_steps, target_sparsity=0.9, every=1, gain=0.05)
+    lam, step = scheduler.lam, 0
+    while scheduler.lam < 2 * lam:  # at this gain, 14 changes by themselves
+        lam = scheduler.lam
+        run(model, optimizer, cycle, scheduler, 1, step)
+        step += 1
+    before = 1 - scheduler.sparsity  # measured before λ moved
+    assert before >= 0.2
+    assert 1 - sparsity(model) == pytest.approx(before / 2, abs=0.01)
+    sizes = torch.cat([optimizer.state[p]["dual"].abs().flatten() for p in optimizer.param_groups[0]["params"]])
+    assert (sizes > scheduler.lam).float().mean() == pytest.approx(before / 2, abs=0.01)
+
+
+@pytest.mark.parametrize("coarse_steps", [None, 9])
 def test_per_layer(coarse_steps, one_thread):
     model, optimizer, *rest = make("linbreg", 0.3, coarse_steps, target_sparsity=0.85, per_layer=True)
     run(model, optimizer, *rest, 900)

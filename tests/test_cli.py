@@ -317,3 +317,31 @@ def test_diverging_run_stops(tmp_path, capsys):
     assert main("train", "--quiet", "--method", "sgd", "--lr", "1e6", "--epochs", 3, "--out", tmp_path / "run") == 1
     assert "loss: expected a finite number" in capsys.readouterr().err
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("model", ["mlp", "convnet"])
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults(method, model):
+    """What is given wins over a model's needs, these over those of a target sparsity, these over the method's own."""
+    data = {"data": "fashion-mnist", "method": method, "model": model}
+    plain, known = Config(**data).resolved(), METHODS[method]
+    for name, value in {**known.defaults, **known.for_model.get(model, {})}.items():
+        assert getattr(plain, name) == value
+    if "target_sparsity" not in known.defaults:
+        return
+    aimed = Config(**data, target_sparsity=0.9).resolved()
+    wanted = {**known.defaults, **known.for_model.get(model, {})}
+    if known.bregman:
+        wanted = {**known.defaults, "init_density": 0.08, "init_distribution": "erk"}
+        wanted = {**wanted, **known.for_target, **known.for_model.get(model, {})}
+    for name, value in {**wanted, "target_sparsity": 0.9}.items():
+        assert getattr(aimed, name) == value
+    assert Config(**data, target_sparsity=0.9, lr=0.7).resolved().lr == 0.7
+
+
+def test_settled_defaults():
+    """Without a target sparsity ML-LinBreg starts as it always did."""
+    c = Config(data="fashion-mnist", method="ml-linbreg").resolved()
+    assert (c.lr, c.lam, c.coarse_steps, c.init_density, c.init_distribution) == (3.0, 0.07, 39, 0.02, "erk")
+    c = Config(data="fashion-mnist", method="ml-linbreg", model="convnet").resolved()
+    assert (c.lr, c.lam, c.coarse_steps, c.init_density, c.init_distribution) == (1.5, 0.18, 9, 0.08, "erk")

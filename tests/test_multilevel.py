@@ -284,6 +284,33 @@ def test_state_dict_of_a_frozen_model_fits_the_dense_model():
     close(dense(batches[0][0]), model(batches[0][0]))
 
 
+@pytest.mark.parametrize("scheduled", [False, True], ids=["alone", "with_lambda_scheduler"])
+@pytest.mark.parametrize("kind", ["mlp", "convnet"])
+def test_a_layer_that_dies_out_is_told_once_and_may_come_back(kind, scheduled, backend, recwarn):
+    model, batches = make(kind, torch.float64)
+    name = next(n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    optimizer, cycle = build(model, 2, ALWAYS)
+    with torch.no_grad():
+        model.get_submodule(name).weight.zero_()
+        optimizer.param_groups[0]["reg"] = sb.L1(1e3)
+    scheduler = sb.LambdaScheduler(cycle, 0.5, every=1) if scheduled else None
+    for i in range(7):
+        run(model, optimizer, cycle, batches, 1, i)
+        if i == 0:
+            layer = model.get_submodule(name)
+            assert (layer.pattern.nnz, layer.values.numel()) == (0, 0)
+        if scheduler:
+            scheduler.step()
+    told = [str(w.message) for w in recwarn if "no active weights" in str(w.message)]
+    assert told == [f"no active weights left in {name}"]
+    assert all(p.isfinite().all() for p in model.parameters())
+    optimizer.param_groups[0]["reg"] = sb.L1(1e-4)
+    cycle.thaw()
+    run(model, optimizer, cycle, batches, 10)
+    cycle.thaw()
+    assert model.get_submodule(name).weight.count_nonzero() > 0
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("value", "error", "message"),

@@ -75,7 +75,11 @@ class Config:
             if name in given:
                 raise ValueError(expected(name, f"no value for the method {self.method}", given[name]))
         defaults = {"epochs": 5, "augment": False, "threads": torch.get_num_threads()}
-        defaults |= {**method.defaults, **method.for_model.get(self.model, {})}
+        if self.target_sparsity is not None:
+            target = check_real("target_sparsity", self.target_sparsity, low=0, strict=True)
+            if target >= 1:
+                raise ValueError(expected("target_sparsity", "a number below 1", self.target_sparsity))
+        defaults |= method.options(self.model, self.target_sparsity)
         defaults |= {k: v for k, v in FOR_DATA.get(self.data, {}).items() if k in method.defaults or k not in special()}
         c = Config(**{**defaults, **given})
         if not isinstance(c.augment, bool):
@@ -98,8 +102,6 @@ class Config:
             check_real("init_density", c.init_density, low=0, strict=True, high=1)
         if c.init_distribution is not None:
             check_choice("init_distribution", c.init_distribution, DISTRIBUTIONS)
-        if c.target_sparsity is not None and check_real("target_sparsity", c.target_sparsity, low=0, strict=True) >= 1:
-            raise ValueError(expected("target_sparsity", "a number below 1", c.target_sparsity))
         return c
 
     def arguments(self) -> list[str]:

@@ -58,6 +58,7 @@ class Method:
         build: makes the optimizer and what takes its steps.
         defaults: options and their defaults. One that not every method has is refused for methods without it; None: the
             option is taken and has no default.
+        for_target: what a target sparsity needs otherwise, where λ is adapted to it.
         for_model: what a model needs otherwise.
         bregman: whether a target sparsity is reached by adapting λ.
     """
@@ -66,6 +67,15 @@ class Method:
     defaults: dict[str, Any]
     for_model: dict[str, dict[str, Any]] = field(default_factory=dict)
     bregman: bool = False
+    for_target: dict[str, Any] = field(default_factory=dict)
+
+    def options(self, model: str, target_sparsity: float | None) -> dict[str, Any]:
+        """The defaults for a model and a target sparsity, if there is one."""
+        if target_sparsity is None or not self.bregman:
+            return {**self.defaults, **self.for_model.get(model, {})}
+        # A little sparser than that, so that a λ which is far too large shows, and falls.
+        start = {"init_density": round(0.8 * (1 - target_sparsity), 12), "init_distribution": "erk"}
+        return {**self.defaults, **self.for_target, **start, **self.for_model.get(model, {})}
 
 
 def _sgd(model: nn.Module, c: Config, steps: int) -> tuple[torch.optim.Optimizer, Cycle]:
@@ -119,8 +129,10 @@ _DYNAMIC = {**_SGD, "target_sparsity": 0.95}
 METHODS: dict[str, Method] = {
     "sgd": Method(_sgd, _SGD),
     "linbreg": Method(_LINBREG, {**_SPARSE, "momentum": 0.9, "lr": 1.0, "lam": 0.05}, bregman=True),
-    "adabreg": Method(_ADABREG, {**_SPARSE, "lr": 2e-3, "lam": 0.02}, bregman=True),
-    "proxsgd": Method(_PROXSGD, {**_SPARSE, **_SGD, "lam": 1e-4, "init_density": 0.2}, bregman=True),
+    "adabreg": Method(_ADABREG, {**_SPARSE, "lr": 2e-3, "lam": 0.02}, bregman=True, for_target={"lr": 4e-3}),
+    "proxsgd": Method(
+        _PROXSGD, {**_SPARSE, **_SGD, "lam": 1e-4, "init_density": 0.2}, bregman=True, for_target={"lr": 0.2}
+    ),
     "ml-linbreg": Method(
         _LINBREG,
         {**_SPARSE, "init_distribution": "erk", "momentum": 0.9, "lr": 3.0, "lam": 0.07, "coarse_steps": 39},
@@ -128,10 +140,16 @@ METHODS: dict[str, Method] = {
         for_model={"convnet": {"lr": 1.5, "lam": 0.18, "coarse_steps": 9, "init_density": 0.08}},
         bregman=True,
     ),
-    "ml-adabreg": Method(_ADABREG, {**_SPARSE, "lr": 2e-3, "lam": 0.02, "coarse_steps": 29}, bregman=True),
-    "rigl": Method(_masked(_rigl), _DYNAMIC),
-    "set": Method(_masked(_set), _DYNAMIC),
-    "prune": Method(_masked(_prune), _DYNAMIC),
+    "ml-adabreg": Method(
+        _ADABREG,
+        {**_SPARSE, "lr": 2e-3, "lam": 0.02, "coarse_steps": 29},
+        bregman=True,
+        for_target={"lr": 6e-3, "lam": 0.05, "coarse_steps": 39},
+    ),
+    # Sparse layers bear, and need, a larger step than dense ones.
+    "rigl": Method(_masked(_rigl), {**_DYNAMIC, "lr": 0.3}, for_model={"convnet": {"lr": 0.2}}),
+    "set": Method(_masked(_set), {**_DYNAMIC, "lr": 0.2}),
+    "prune": Method(_masked(_prune), {**_DYNAMIC, "lr": 0.2}),
 }
 
 #: What a data set needs otherwise, where a method takes the option. CIFAR-10: as in arXiv 2602.03535.

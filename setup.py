@@ -13,7 +13,7 @@ from setuptools import setup
 
 ParallelCompile("SPARSEBREG_BUILD_JOBS", default=0).install()
 
-flags = ["-O3", "-ffp-contract=fast", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+flags = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's clang has no OpenMP runtime
 
 setup(

@@ -326,6 +326,36 @@ void linbreg_step(py::array p, const py::array& g, py::array v, Maybe m, const M
   });
 }
 
+void adabreg_step(py::array p, const py::array& g, py::array v, py::array m, py::array s, const Maybe& active,
+                  double lr, double beta1, double beta2, double eps, double correction1, double correction2,
+                  double delta, double lam, double weight_decay, bool decoupled, bool maximize, int threads) {
+  for_dtype(p, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t n = p.size();
+    AdaStepArgs<T> a{n,
+                     out<T>("p", p, n),
+                     in<T>("g", g, n),
+                     out<T>("v", v, n),
+                     out<T>("m", m, n),
+                     out<T>("s", s, n),
+                     reinterpret_cast<const uint8_t*>(maybe_in<bool>("active", active, n)),
+                     lr,
+                     beta1,
+                     beta2,
+                     eps,
+                     correction1,
+                     correction2,
+                     delta,
+                     lam,
+                     weight_decay,
+                     maximize ? -1.0 : 1.0,
+                     decoupled,
+                     team(threads, double(n))};
+    py::gil_scoped_release nogil;
+    kernels_of<T>().adabreg_step(a);
+  });
+}
+
 // geometry: H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW. Without grad_y: forward into y and codes; else into grad_x.
 void max_pool(int64_t planes, const std::vector<int>& geometry, const Maybe& x, Maybe y, py::array codes,
               const Maybe& grad_y, Maybe grad_x, int threads) {
@@ -529,6 +559,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv2d_backward", &conv2d_backward);
   m.def("repack", &repack);
   m.def("linbreg_step", &linbreg_step);
+  m.def("adabreg_step", &adabreg_step);
   m.def("max_pool", &max_pool);
   m.def("norm_stats", &norm_stats);
   m.def("norm_apply", &norm_apply);

@@ -266,14 +266,15 @@ class _Fine:
     def _active(self) -> torch.Tensor | None:
         """Values on an up-to-date ``_pattern``; None where the layer is not sparse enough."""
         weight = self.weight.detach()
-        if self._pattern is not None:
-            values = self._pattern.gather(weight)
-            if count_nonzero(values) == count_nonzero(weight):
-                return values
-        self._pattern = SparsePattern.from_nonzeros(weight)
-        if self._pattern.density > self._max_density:
+        nonzeros = count_nonzero(weight)
+        if nonzeros > self._max_density * weight.numel():
             self._pattern = None
             return None
+        if self._pattern is not None:
+            values = self._pattern.gather(weight)
+            if count_nonzero(values) == nonzeros:
+                return values
+        self._pattern = SparsePattern.from_nonzeros(weight)
         return self._pattern.gather(weight)
 
 

@@ -2,6 +2,7 @@
 // the pragma would be compiled for that set, and an inline function shared with the baseline must never be.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <utility>

@@ -1,5 +1,16 @@
 // The optimizers' inner loops. Included inside an instruction set's namespace; no include guard.
 
+// p = z shrunk by threshold for z = delta * v. NaN passes through: both comparisons are false only for |z| <=
+// threshold.
+template <class T, bool MASKED>
+void shrink(T* __restrict p, const T* __restrict v, const uint8_t* __restrict active, T delta, T threshold, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) {
+    const T z = delta * v[k], up = z - threshold, down = z + threshold;
+    const T w = up > T(0) ? up : down < T(0) ? down : z - z;
+    p[k] = !MASKED || active[k] ? w : p[k];
+  }
+}
+
 // One linearized Bregman step with the proximal map of threshold * |.|_1 (threshold 0: none), in one pass:
 // g' = sign * g + decay * p;  m = beta * m + (1 - beta) * lr * g';  v -= m (without m: v -= lr * g');
 // p = shrink(delta * v, delta * lam). What is not active stands still.
@@ -24,12 +35,7 @@ void linbreg_piece(const StepArgs<T>& a, int64_t begin, int64_t n) {
       v[k] = !MASKED || active[k] ? down : v[k];
     }
   }
-  for (int64_t k = 0; k < n; ++k) {
-    const T z = delta * v[k], up = z - threshold, down = z + threshold;
-    // NaN passes through: both comparisons are false only for |z| <= threshold.
-    const T w = up > T(0) ? up : down < T(0) ? down : z - z;
-    p[k] = !MASKED || active[k] ? w : p[k];
-  }
+  shrink<T, MASKED>(p, v, active, delta, threshold, n);
 }
 
 template <class T>
@@ -39,5 +45,40 @@ void linbreg_step(const StepArgs<T>& a) {
   for (int64_t i = 0; i < pieces; ++i) {
     const int64_t n = least(piece, a.n - i * piece);
     a.active ? linbreg_piece<T, true>(a, i * piece, n) : linbreg_piece<T, false>(a, i * piece, n);
+  }
+}
+
+// One adaptive linearized Bregman step: g' = sign * g (+ decay * p, or decoupled: v -= lr * decay * p);
+// m = lerp(m, g', 1 - beta1);  s = beta2 * s + (1 - beta2) * g'^2;  v -= lr * (m / correction1) /
+// (sqrt(s / correction2) + eps);  then as above.
+template <class T, bool MASKED>
+void adabreg_piece(const AdaStepArgs<T>& a, int64_t begin, int64_t n) {
+  const T step = T(a.lr / a.correction1), root = T(1 / std::sqrt(a.correction2)), eps = T(a.eps), delta = T(a.delta);
+  const T keep1 = T(1 - a.beta1), beta2 = T(a.beta2), keep2 = T(1 - a.beta2), sign = T(a.sign);
+  const T coupled = T(a.decoupled ? 0 : a.weight_decay), apart = T(a.decoupled ? a.lr * a.weight_decay : 0);
+  T* __restrict p = a.p + begin;
+  T* __restrict v = a.v + begin;
+  T* __restrict m = a.m + begin;
+  T* __restrict s = a.s + begin;
+  const T* __restrict g = a.g + begin;
+  const uint8_t* __restrict active = MASKED ? a.active + begin : nullptr;
+  for (int64_t k = 0; k < n; ++k) {
+    const T grad = sign * g[k] + coupled * p[k];
+    const T mean = m[k] + keep1 * (grad - m[k]), square = beta2 * s[k] + keep2 * (grad * grad);
+    const T moved = v[k] - apart * p[k] - step * mean / (std::sqrt(square) * root + eps);
+    m[k] = !MASKED || active[k] ? mean : m[k];
+    s[k] = !MASKED || active[k] ? square : s[k];
+    v[k] = !MASKED || active[k] ? moved : v[k];
+  }
+  shrink<T, MASKED>(p, v, active, delta, T(a.delta * a.lam), n);
+}
+
+template <class T>
+void adabreg_step(const AdaStepArgs<T>& a) {
+  const int64_t piece = 8192, pieces = div_up(a.n, piece);
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
+  for (int64_t i = 0; i < pieces; ++i) {
+    const int64_t n = least(piece, a.n - i * piece);
+    a.active ? adabreg_piece<T, true>(a, i * piece, n) : adabreg_piece<T, false>(a, i * piece, n);
   }
 }

@@ -80,6 +80,22 @@ struct StepArgs {
   int threads;
 };
 
+template <class T>
+struct AdaStepArgs {
+  int64_t n;
+  T* p;
+  const T* g;
+  T* v;
+  T* m;
+  T* s;
+  const uint8_t* active;  // as in StepArgs
+  double lr, beta1, beta2, eps;
+  double correction1, correction2;  // 1 - beta^k at step k
+  double delta, lam, weight_decay, sign;
+  bool decoupled;
+  int threads;
+};
+
 // Max pooling of `planes` images in the lane layout: x [planes][H][W][16], y, codes [planes][OH][OW][16].
 template <class T>
 struct PoolArgs {
@@ -123,6 +139,7 @@ struct Kernels {
   void (*pack)(const PackArgs<T>&);
   void (*unpack)(const PackArgs<T>&);
   void (*linbreg_step)(const StepArgs<T>&);
+  void (*adabreg_step)(const AdaStepArgs<T>&);
   void (*max_pool_forward)(const PoolArgs<T>&);
   void (*max_pool_backward)(const PoolArgs<T>&);
   void (*norm_stats)(const NormArgs<T>&);

@@ -343,6 +343,41 @@ void test_linbreg_step() {
   family("linbreg_step");
 }
 
+void test_adabreg_step() {
+  for (int64_t n : {1, 5, 16, 8192, 20003})
+    for (int variant : {0, 1, 2, 3}) {
+      const bool decoupled = variant & 1, masked = variant & 2;
+      std::vector<uint8_t> active(n);
+      for (int64_t i = 0; i < n; ++i) active[i] = i % 3 != 1;
+      const Doubles p0 = random_doubles(n), g = random_doubles(n), v0 = random_doubles(n), m0 = random_doubles(n);
+      Doubles s0 = random_doubles(n);
+      for (double& s : s0) s = 0.5 + s * s;
+      const double lr = 0.125, beta1 = 0.75, beta2 = 0.875, eps = 0.25, c1 = 0.5, c2 = 0.25, delta = 1.5, lam = 0.3;
+      const double decay = 0.0625, sign = decoupled ? 1 : -1;
+      Doubles p(p0), v(v0), m(m0), s(s0);
+      for (size_t i = 0; i < p.size(); ++i) {
+        if (masked && !active[i]) continue;
+        const double grad = sign * g[i] + (decoupled ? 0 : decay * p[i]);
+        if (decoupled) v[i] -= lr * decay * p[i];
+        m[i] = beta1 * m[i] + (1 - beta1) * grad;
+        s[i] = beta2 * s[i] + (1 - beta2) * grad * grad;
+        v[i] -= lr * (m[i] / c1) / (std::sqrt(s[i] / c2) + eps);
+        p[i] = std::copysign(std::max(std::abs(delta * v[i]) - delta * lam, 0.0), v[i]);
+      }
+      everywhere("adabreg_step " + text({n, decoupled, masked}), [&](auto zero, int threads) {
+        using T = decltype(zero);
+        Buffer<T> pb(p0), gb(g), vb(v0), mb(m0), sb(s0);
+        kernels<T>().adabreg_step(AdaStepArgs<T>{n, pb, gb, vb, mb, sb, masked ? active.data() : nullptr, lr, beta1,
+                                                 beta2, eps, c1, c2, delta, lam, decay, sign, decoupled, threads});
+        compare("p", pb, p);
+        compare("v", vb, v);
+        compare("m", mb, m);
+        compare("s", sb, s);
+      });
+    }
+  family("adabreg_step");
+}
+
 void test_max_pool() {
   struct {
     int64_t planes;
@@ -499,12 +534,13 @@ void test_pattern() {
 }  // namespace
 
 int main() {
-  static_assert(sizeof(Kernels<float>) == 13 * sizeof(void (*)()), "a kernel of the table has no test here");
+  static_assert(sizeof(Kernels<float>) == 14 * sizeof(void (*)()), "a kernel of the table has no test here");
   test_pattern();
   test_pack();
   test_linear();
   test_conv2d();
   test_linbreg_step();
+  test_adabreg_step();
   test_max_pool();
   test_norm();
 }

@@ -116,7 +116,7 @@ def _set(model: nn.Module, optimizer: torch.optim.Optimizer, density: float, ste
 
 
 def _prune(model: nn.Module, optimizer: torch.optim.Optimizer, density: float, steps: int) -> Cycle:
-    return sb.Prune(model, optimizer, density, at=max(1, steps // 5))
+    return sb.Prune(model, optimizer, density, at=max(1, steps // 10))
 
 
 _LINBREG = _bregman(sb.LinBreg, "delta", "momentum")

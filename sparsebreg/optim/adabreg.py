@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from sparsebreg._extension import native
 from sparsebreg.errors import check_real, expected
-from sparsebreg.optim.base import BregmanOptimizer
-from sparsebreg.regularizers import Regularizer
+from sparsebreg.optim.base import BregmanOptimizer, shared
+from sparsebreg.regularizers import L1, NoReg, Regularizer
 
 
 class AdaBreg(BregmanOptimizer):
@@ -88,6 +89,24 @@ class AdaBreg(BregmanOptimizer):
         if "step" not in state:
             state["step"] = 0
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+
+    def _fused(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
+        C, reg = native(), group["reg"]
+        if C is None or type(reg) not in (L1, NoReg):
+            return False
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        arrays = shared(p, (p, p.grad, state["dual"], *moments, state.get("active")))
+        if arrays is None:
+            return False
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        C.adabreg_step(
+            *arrays, group["lr"], beta1, beta2, group["eps"], 1 - beta1 ** state["step"], 1 - beta2 ** state["step"],
+            group["delta"], getattr(reg, "lam", 0.0), group["weight_decay"], group["decoupled_weight_decay"],
+            group["maximize"], torch.get_num_threads(),
+        )  # fmt: skip
+        torch.autograd.graph.increment_version(p)  # written behind autograd's back
+        return True
 
     def _move_dual(
         self, params: list[Any], grads: list[Any], states: list[dict[str, Any]], group: dict[str, Any]

@@ -232,6 +232,24 @@ def _check_dtype(p: torch.Tensor) -> None:
         raise TypeError(expected("params", wanted, p.dtype))
 
 
+def shared(p: torch.Tensor, tensors: Iterable[torch.Tensor | None]) -> list[Any] | None:
+    """NumPy arrays over the memory of these tensors of the parameter's shape, element by element in one order.
+
+    None stays None; None for all where native code cannot go through them so.
+    """
+    found = [None if t is None else t.detach() for t in tensors]
+    given = [t for t in found if t is not None]
+    if any(not t.is_cpu or t.dtype not in (p.dtype, torch.bool) for t in given):
+        return None
+    if not all(map(torch.Tensor.is_contiguous, given)):
+        # channels_last, for one: the same order in memory for all is enough
+        dense = torch.ops.aten.is_non_overlapping_and_dense(p)
+        if not dense or any(t.stride() != p.stride() for t in given):
+            return None
+        found = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in found]
+    return [None if t is None else t.numpy() for t in found]
+
+
 def _batches(params: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     batch: list[torch.Tensor] = []
     size = 0

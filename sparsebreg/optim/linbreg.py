@@ -9,7 +9,7 @@ import torch
 
 from sparsebreg._extension import native
 from sparsebreg.errors import check_real, expected
-from sparsebreg.optim.base import BregmanOptimizer
+from sparsebreg.optim.base import BregmanOptimizer, shared
 from sparsebreg.regularizers import L1, NoReg, Regularizer
 
 
@@ -75,23 +75,12 @@ class LinBreg(BregmanOptimizer):
         C, reg, beta = native(), group["reg"], group["momentum"]
         if C is None or type(reg) not in (L1, NoReg):
             return False
-        tensors = [p.detach(), p.grad.detach(), state["dual"]]
-        if beta:
-            tensors.append(state["momentum_buffer"])
-        if any(not t.is_cpu or t.dtype is not p.dtype for t in tensors):
+        arrays = shared(p, (p, p.grad, state["dual"], state["momentum_buffer"] if beta else None, state.get("active")))
+        if arrays is None:
             return False
-        active = state.get("active")
-        if active is not None:
-            tensors.append(active)
-        if not all(map(torch.Tensor.is_contiguous, tensors)):
-            if not _is_dense(p) or any(t.stride() != p.stride() for t in tensors):
-                return False
-            # channels_last, for one: the same order in memory for all is enough
-            tensors = [t.as_strided((t.numel(),), (1,)) for t in tensors]
-        arrays = [t.numpy() for t in tensors]
         C.linbreg_step(
-            *arrays[:3], arrays[3] if beta else None, None if active is None else arrays[-1], group["lr"], beta, group["delta"],
-            getattr(reg, "lam", 0.0), group["weight_decay"], group["maximize"], torch.get_num_threads(),
+            *arrays, group["lr"], beta, group["delta"], getattr(reg, "lam", 0.0), group["weight_decay"],
+            group["maximize"], torch.get_num_threads(),
         )  # fmt: skip
         torch.autograd.graph.increment_version(p)  # written behind autograd's back
         return True
@@ -111,7 +100,3 @@ class LinBreg(BregmanOptimizer):
         torch._foreach_mul_(moments, beta)
         torch._foreach_add_(moments, grads, alpha=(1 - beta) * lr)
         torch._foreach_sub_(duals, moments)
-
-
-def _is_dense(t: torch.Tensor) -> bool:
-    return torch.ops.aten.is_non_overlapping_and_dense(t)

@@ -282,15 +282,27 @@ void repack(bool packing, int64_t N, int64_t C, int64_t P, const py::array& src,
   });
 }
 
-// Uninitialised bytes from the pool; they go back to it when the last tensor or array over them dies.
-py::array pool_empty(size_t bytes) {
+// An uninitialised array from the pool, whose memory goes back to it when the last tensor or array over it dies.
+// channels_last: of four sizes, the second is innermost in memory.
+py::array pool_empty(const std::vector<py::ssize_t>& shape, const py::dtype& dtype, bool channels_last) {
+  if (channels_last && shape.size() != 4) refuse("shape", "four sizes", std::to_string(shape.size()));
+  const int order[] = {1, 3, 2, 0};  // from the innermost size outwards
+  std::vector<py::ssize_t> strides(shape.size());
+  py::ssize_t bytes = dtype.itemsize(), step = bytes;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    const size_t d = channels_last ? size_t(order[i]) : shape.size() - 1 - i;
+    strides[d] = step;
+    if (shape[d] < 0 || __builtin_mul_overflow(bytes, shape[d], &bytes) ||
+        __builtin_mul_overflow(step, std::max<py::ssize_t>(1, shape[d]), &step))
+      refuse("shape", "sizes from 0 that fit into memory", std::to_string(shape[d]));
+  }
   struct Block {
     void* data;
     size_t size;
   };
   auto* block = new Block{nullptr, 0};
   try {
-    block->data = pool_take(bytes, &block->size);
+    block->data = pool_take(size_t(bytes), &block->size);
   } catch (...) {
     delete block;
     throw;
@@ -300,7 +312,7 @@ py::array pool_empty(size_t bytes) {
     pool_give(b->data, b->size);
     delete b;
   });
-  return py::array_t<uint8_t>({py::ssize_t(bytes)}, {py::ssize_t(1)}, static_cast<uint8_t*>(block->data), owner);
+  return py::array(dtype, shape, strides, block->data, owner);
 }
 
 void linbreg_step(py::array p, const py::array& g, py::array v, Maybe m, const Maybe& active, double lr, double beta,

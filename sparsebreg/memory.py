@@ -6,8 +6,10 @@ pool belongs to the native extension; without it, torch's own allocator serves.
 
 from __future__ import annotations
 
+import math
 import os
 
+import numpy as np
 import torch
 
 from sparsebreg._extension import native
@@ -18,30 +20,16 @@ __all__ = ["empty", "held", "release", "set_limit"]
 #: Smaller tensors come from torch: its allocator reuses those.
 SMALL = 128 << 10
 
-_FORMATS = {torch.contiguous_format: (0, 1, 2, 3), torch.channels_last: (0, 2, 3, 1)}
-
-
-def _strides(shape: tuple[int, ...], memory_format: torch.memory_format) -> tuple[int, ...]:
-    order = _FORMATS[memory_format] if len(shape) == 4 else range(len(shape))
-    strides, step = [0] * len(shape), 1
-    for d in reversed(order):
-        strides[d] = step
-        step *= max(1, shape[d])
-    return tuple(strides)
+_DTYPES = {torch.float32: np.dtype("f4"), torch.float64: np.dtype("f8"), torch.uint8: np.dtype("u1")}
 
 
 def empty(
     shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format
 ) -> torch.Tensor:
     """As ``torch.empty``, from the pool where it is large."""
-    size = dtype.itemsize
-    for s in shape:
-        size *= s
-    if size < SMALL or _limit == 0 or (C := native()) is None:
+    if math.prod(shape) * dtype.itemsize < SMALL or _limit == 0 or dtype not in _DTYPES or (C := native()) is None:
         return torch.empty(shape, dtype=dtype, memory_format=memory_format)
-    storage = torch.from_numpy(C.pool_empty(size)).untyped_storage()
-    # Not a view of the storage's first tensor: in-place operations on results must stay possible.
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, _strides(shape, memory_format))
+    return torch.from_numpy(C.pool_empty(shape, _DTYPES[dtype], memory_format is torch.channels_last))
 
 
 def held() -> int:

@@ -279,6 +279,11 @@ def test_grad_values_need_x():
 
 
 def test_impossible_block():
-    for size in (2**64 - 1, 2**63, 2**62):
-        with pytest.raises(MemoryError):
-            C.pool_empty(size)
+    floats = np.dtype("f4")
+    with pytest.raises(MemoryError):
+        C.pool_empty((2**58,), floats, False)
+    for shape in ((2**62,), (2**40, 2**40), (2**40, 0, 2**40), (-1,)):
+        with pytest.raises(ValueError, match="shape: expected sizes from 0 that fit into memory, got"):
+            C.pool_empty(shape, floats, False)
+    with pytest.raises(ValueError, match="shape: expected four sizes, got 3"):
+        C.pool_empty((2, 3, 4), floats, True)

@@ -22,7 +22,8 @@ def _array(t: torch.Tensor | None, layout: Layout = Layout.PLAIN):
         return None
     if layout is Layout.LANES:
         return t.packed.numpy()
-    t = t.detach()
+    if t.requires_grad:
+        t = t.detach()
     return (t if layout is Layout.PLAIN else t.permute(0, 2, 3, 1)).numpy()
 
 

@@ -237,10 +237,11 @@ def shared(p: torch.Tensor, tensors: Iterable[torch.Tensor | None]) -> list[Any]
 
     None stays None; None for all where native code cannot go through them so.
     """
-    found = [None if t is None else t.detach() for t in tensors]
+    found = [t.detach() if t is not None and t.requires_grad else t for t in tensors]
     given = [t for t in found if t is not None]
-    if any(not t.is_cpu or t.dtype not in (p.dtype, torch.bool) for t in given):
-        return None
+    for t in given:
+        if not t.is_cpu or t.dtype not in (p.dtype, torch.bool):
+            return None
     if not all(map(torch.Tensor.is_contiguous, given)):
         # channels_last, for one: the same order in memory for all is enough
         dense = torch.ops.aten.is_non_overlapping_and_dense(p)

@@ -1,5 +1,13 @@
 // The optimizers' inner loops. Included inside an instruction set's namespace; no include guard.
 
+// Calls masked or plain(a, begin, count) piece by piece: a piece of all arrays fits into a second-level cache.
+template <class A>
+void in_pieces(const A& a, void (*masked)(const A&, int64_t, int64_t), void (*plain)(const A&, int64_t, int64_t)) {
+  const int64_t piece = 8192, pieces = div_up(a.n, piece);
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
+  for (int64_t i = 0; i < pieces; ++i) (a.active ? masked : plain)(a, i * piece, least(piece, a.n - i * piece));
+}
+
 // p = z shrunk by threshold for z = delta * v. NaN passes through: both comparisons are false only for |z| <=
 // threshold.
 template <class T, bool MASKED>
@@ -40,12 +48,7 @@ void linbreg_piece(const StepArgs<T>& a, int64_t begin, int64_t n) {
 
 template <class T>
 void linbreg_step(const StepArgs<T>& a) {
-  const int64_t piece = 8192, pieces = div_up(a.n, piece);
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
-  for (int64_t i = 0; i < pieces; ++i) {
-    const int64_t n = least(piece, a.n - i * piece);
-    a.active ? linbreg_piece<T, true>(a, i * piece, n) : linbreg_piece<T, false>(a, i * piece, n);
-  }
+  in_pieces(a, linbreg_piece<T, true>, linbreg_piece<T, false>);
 }
 
 // One adaptive linearized Bregman step: g' = sign * g (+ decay * p, or decoupled: v -= lr * decay * p);
@@ -75,10 +78,5 @@ void adabreg_piece(const AdaStepArgs<T>& a, int64_t begin, int64_t n) {
 
 template <class T>
 void adabreg_step(const AdaStepArgs<T>& a) {
-  const int64_t piece = 8192, pieces = div_up(a.n, piece);
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
-  for (int64_t i = 0; i < pieces; ++i) {
-    const int64_t n = least(piece, a.n - i * piece);
-    a.active ? adabreg_piece<T, true>(a, i * piece, n) : adabreg_piece<T, false>(a, i * piece, n);
-  }
+  in_pieces(a, adabreg_piece<T, true>, adabreg_piece<T, false>);
 }

@@ -146,7 +146,7 @@ def sparsebreg(*words, env=None):
     return subprocess.Popen(
         [sys.executable, "-m", "sparsebreg", *map(str, words)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below a background job
     )  # fmt: skip
 
 

@@ -44,6 +44,15 @@ def engine(request):
 
 
 @pytest.fixture
+def on_native():
+    """For what only the native backend does, whichever the tests run on."""
+    if _extension.native() is None:
+        pytest.skip("needs the native extension")
+    with sb.use_backend("native"):
+        yield
+
+
+@pytest.fixture
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)

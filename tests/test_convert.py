@@ -9,7 +9,6 @@ from conftest import close, sparse_weight
 from torch import nn
 
 import sparsebreg as sb
-from sparsebreg import _extension
 from sparsebreg.errors import SwapError
 
 ALWAYS = sb.SparsifyConfig(decide="always")
@@ -365,8 +364,7 @@ def test_report_names_what_vanished_and_what_died():
     assert sum("as a matrix" in line for line in lines) == 2
 
 
-@pytest.mark.skipif(_extension.native() is None, reason="lane tensors need the native extension")
-def test_report_names_operations_that_unpacked():
+def test_report_names_operations_that_unpacked(on_native):
     class Odd(nn.Module):
         def forward(self, x):
             return torch.cumsum(x, 1)

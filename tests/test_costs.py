@@ -7,17 +7,15 @@ import re
 
 import pytest
 import torch
-from conftest import sparse_weight
+from conftest import BACKENDS, sparse_weight
 from torch import nn
 
 import sparsebreg as sb
-from sparsebreg import _extension, costs, decide
+from sparsebreg import backends, costs, decide
 from sparsebreg.costs import SHIPPED, Load
 from sparsebreg.decide import Decider
 from sparsebreg.errors import SwapError
 from sparsebreg.experiments.cli import main
-
-native = pytest.mark.skipif(_extension.native() is None, reason="lane tensors need the native extension")
 
 
 def fill(model, density):
@@ -115,8 +113,7 @@ def test_what_the_model_does_not_know():
 # Decisions by prediction.
 
 
-@native
-def test_strided_pointwise_convolution_on_plain_tensors(one_thread):
+def test_strided_pointwise_convolution_on_plain_tensors(on_native, one_thread):
     """Alone and between channels_last tensors it stays dense; other formats and neighbours make it worth while."""
     x = torch.randn(32, 64, 32, 32)
     last = x.contiguous(memory_format=torch.channels_last)
@@ -210,12 +207,13 @@ def test_calibration_is_kept_and_read(cache, tiny, capsys):
 def test_calibration_counts_for_what_it_was_measured_with(cache, monkeypatch):
     _write_costs(dear())
     assert costs.current()[0] == dear()
+    other = next(name for name in BACKENDS if name != backends.current().name)
     for change in (
         lambda m: m.setattr(costs, "__version__", "0"),
         lambda m: m.setattr(torch, "__version__", "0"),
         lambda m: m.setattr(torch, "get_num_threads", lambda: 77),
         lambda m: m.setattr(costs, "_cpu", lambda: "another"),
-        lambda m: m.setenv("SPARSEBREG_BACKEND", "reference"),
+        lambda m: m.setenv("SPARSEBREG_BACKEND", other),
     ):
         with monkeypatch.context() as m:
             change(m)

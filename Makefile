@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 demo: $(VENV)/.demo
 	$(BIN)/sparsebreg info
-	$(BIN)/sparsebreg compare --data digits --model mlp --methods sgd,ml-linbreg --epochs 40 --out $(OUT)
+	$(BIN)/sparsebreg compare --data digits --model mlp --methods sgd,ml-linbreg --epochs 40 --coarse-steps 99 --out $(OUT)
 
 test: $(VENV)/.test
 	$(BIN)/pytest -q

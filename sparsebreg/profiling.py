@@ -14,7 +14,7 @@ R = TypeVar("R")
 def labelled(name: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Decorates a function of positional arguments: while a profiler runs, calls are recorded as ``sparsebreg::name``.
 
-    ``torch.profiler.record_function`` alone costs several µs even when nobody records; this check costs 0.1.
+    ``torch.profiler.record_function`` alone costs several µs even when nobody records; this check a fraction of one.
     """
     label = f"sparsebreg::{name}"
 

@@ -18,7 +18,7 @@ from sparsebreg.errors import RunError
 from sparsebreg.experiments import checkpoint, cli
 from sparsebreg.experiments.config import Config
 from sparsebreg.experiments.files import locked
-from sparsebreg.experiments.train import PARENT, Stopped, train
+from sparsebreg.experiments.train import PARENT, Run, Stopped, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -137,9 +137,25 @@ def test_timed_checkpoints_and_seconds(tmp_path, monkeypatch):
         checkpoint, "save", lambda folder, c, s: (kept.append(s["seconds"].tolist()), save(folder, c, s))
     )
     facts = train(config)
-    assert [len(k) for k in kept] == [*range(1, 13), 12]
+    assert [len(k) for k in kept] == [*range(13), 12]
     assert facts["train_seconds"] == pytest.approx(sum(kept[-1]))
     assert facts["checkpoint_seconds"] > 0
+
+
+def test_memory_format_of_a_run_killed_in_its_first_step(tmp_path, monkeypatch):
+    """It was timed; timed again it might come out another, and other kernels round otherwise."""
+    asked = []
+
+    def kill(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "warm_up", lambda run, name: (asked.append(name), run.set_format(torch.channels_last)))
+        patch.setattr(Run, "step", kill)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                train(Config(epochs=1, out=str(tmp_path)))
+    assert asked == ["auto", "channels_last"]
 
 
 def sparsebreg(*words, env=None):
@@ -323,7 +339,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(module.Run, "step", broken)
     with pytest.raises(RunError, match=r"weights of '1.bias': expected finite numbers, got others after step 12"):
         train(Config(method="sgd", epochs=1, out=str(tmp_path)))
-    assert not (tmp_path / "checkpoint.pt").exists()
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert len(saved["seconds"]) == 0
+    assert all(w.isfinite().all() for w in saved["model"].values())
 
 
 def test_killed_comparison_goes_on(tmp_path):
@@ -334,7 +352,7 @@ def test_killed_comparison_goes_on(tmp_path):
         return len(torch.load(folder / "checkpoint.pt", weights_only=True)["seconds"])
 
     run = sparsebreg(*words)
-    wait_for(folder / "checkpoint.pt")  # of the first epoch
+    wait_for(folder / "history.csv")  # written after every epoch, before the checkpoint
     run.send_signal(signal.SIGINT)
     _, error = run.communicate()
     assert run.returncode == 130

@@ -332,6 +332,7 @@ def train(config: Config, progress: Callable[..., Any] | None = None, restart: b
             run.load_state_dict(saved)
         else:
             config.save(folder / "config.toml")
+            run.save(folder)  # the memory format was timed: a run that is killed early goes on with the same one
         del saved
         _loop(run, folder, progress)
         return _write(run, folder)

@@ -8,7 +8,10 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <type_traits>
+#include <utility>
+#include <variant>
 #include <vector>
 
 #include "dispatch.h"
@@ -240,11 +243,25 @@ ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<i
   return a;
 }
 
+// (scale, shift, relu) of a norm that x is still to go through.
+using MaybeNorm = std::optional<std::tuple<py::array, py::array, bool>>;
+
+template <class T>
+void set_norm(ConvArgs<T>& a, const MaybeNorm& norm) {
+  if (!norm) return;
+  if (a.x_layout != Layout::lanes) refuse("x_layout", "the lane layout where x has a norm", "another");
+  a.x_scale = in<T>("scale", std::get<0>(*norm), a.IC);
+  a.x_shift = in<T>("shift", std::get<1>(*norm), a.IC);
+  a.x_relu = std::get<2>(*norm);
+}
+
 void conv2d_forward(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, const py::array& x,
-                    int x_layout, const py::array& values, const Maybe& bias, py::array y, int y_layout, int threads) {
+                    int x_layout, const MaybeNorm& norm, const py::array& values, const Maybe& bias, py::array y,
+                    int y_layout, int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
     ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout, values, threads);
+    set_norm(a, norm);
     a.bias = maybe_in<T>("bias", bias, a.OC);
     a.x = in<T>("x", x, elements("x", N, a.x_layout, {a.IC, a.H, a.W}));
     a.y = out<T>("y", y, elements("y", N, a.y_layout, {a.OC, a.OH, a.OW}));
@@ -254,11 +271,12 @@ void conv2d_forward(const NativeIndex& pattern, int64_t N, const std::vector<int
 }
 
 void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, const py::array& grad_y,
-                     int y_layout, const Maybe& x, int x_layout, const py::array& values, Maybe grad_x,
-                     Maybe grad_values, Maybe grad_bias, int threads) {
+                     int y_layout, const Maybe& x, int x_layout, const MaybeNorm& norm, const py::array& values,
+                     Maybe grad_x, Maybe grad_values, Maybe grad_bias, int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
     ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout, values, threads);
+    set_norm(a, norm);
     check_backward(a, elements("x", N, a.x_layout, {a.IC, a.H, a.W}),
                    elements("grad_y", N, a.y_layout, {a.OC, a.OH, a.OW}), grad_y, x, grad_x, grad_values, grad_bias);
     py::gil_scoped_release nogil;
@@ -450,41 +468,49 @@ void norm_apply(int64_t N, int64_t C, int64_t P, const py::array& x, const py::a
 }
 
 // What both passes of the gradient take.
+// What tells where a ReLU behind a norm lets a gradient pass: its result, or (scale, shift) that x became it with.
+using Gate = std::variant<std::monostate, py::array, std::pair<py::array, py::array>>;
+
 template <class T>
 NormArgs<T> norm_grad_args(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y,
-                           const Maybe& result, const py::array& mean, int64_t* size, int threads) {
+                           const Gate& gate, const py::array& mean, int64_t* size, int threads) {
   NormArgs<T> a = norm_args<T>(N, C, P, x, size, threads);
   a.grad_y = in<T>("grad_y", grad_y, *size);
-  a.result = maybe_in<T>("result", result, *size);
+  if (auto* result = std::get_if<1>(&gate)) a.result = in<T>("result", *result, *size);
+  if (auto* relu = std::get_if<2>(&gate)) {
+    a.relu_scale = in<T>("relu_scale", relu->first, C);
+    a.relu_shift = in<T>("relu_shift", relu->second, C);
+  }
   a.mean = const_cast<T*>(in<T>("mean", mean, C));  // read here; norm_stats writes it
   return a;
 }
 
-void norm_reduce(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y, const Maybe& result,
-                 const py::array& mean, py::array sum_g, py::array sum_gx, int threads) {
+void norm_reduce(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y, const Maybe& grad_more,
+                 const Gate& gate, const py::array& mean, py::array sum_g, py::array sum_gx, Maybe grad, int threads) {
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     int64_t size;
-    NormArgs<T> a = norm_grad_args<T>(N, C, P, x, grad_y, result, mean, &size, threads);
+    NormArgs<T> a = norm_grad_args<T>(N, C, P, x, grad_y, gate, mean, &size, threads);
+    a.grad_more = maybe_in<T>("grad_more", grad_more, size);
     a.sum_g = out<T>("sum_g", sum_g, C);
     a.sum_gx = out<T>("sum_gx", sum_gx, C);
+    a.grad = maybe_out<T>("grad", grad, size);
     py::gil_scoped_release nogil;
     kernels_of<T>().norm_reduce(a);
   });
 }
 
-void norm_grad(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y, const Maybe& result,
+void norm_grad(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y, const Gate& gate,
                const py::array& mean, const py::array& scale, const py::array& slope, const py::array& shift,
-               py::array grad_x, Maybe grad_residual, int threads) {
+               py::array grad_x, int threads) {
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     int64_t size;
-    NormArgs<T> a = norm_grad_args<T>(N, C, P, x, grad_y, result, mean, &size, threads);
+    NormArgs<T> a = norm_grad_args<T>(N, C, P, x, grad_y, gate, mean, &size, threads);
     a.scale = in<T>("scale", scale, C);
     a.slope = in<T>("slope", slope, C);
     a.shift = in<T>("shift", shift, C);
     a.y = out<T>("grad_x", grad_x, size);
-    a.grad_residual = maybe_out<T>("grad_residual", grad_residual, size);
     py::gil_scoped_release nogil;
     kernels_of<T>().norm_grad(a);
   });

@@ -150,12 +150,19 @@ class _Normed(_Deferred):
     ``sources`` are x and, where there is one, the residual.
     """
 
-    __slots__ = ("relu", "scale", "shift", "sizes", "summed")
+    __slots__ = ("relu", "scale", "shift", "sizes", "summed", "x")
 
     def __init__(self, sources, sizes: tuple[int, int, int], scale, shift, relu: bool = False) -> None:
         super().__init__(*sources)
         self.sizes, self.scale, self.shift, self.relu = sizes, scale, shift, relu
         self.summed = len(sources) == 2
+        self.x = weakref.ref(sources[0])
+
+    def gate(self, x: _Cell) -> Any:
+        """What tells the gradient of x where the ReLU lets it pass; reading it off x saves reading the result."""
+        if not self.summed and self.x() is x and not x.exposed:
+            return self.scale.numpy(), self.shift.numpy()
+        return self.get_packed().numpy()
 
     def plus(self, residual: _Cell) -> _Normed:
         return _Normed((self.sources[0], residual), self.sizes, self.scale, self.shift)
@@ -172,6 +179,16 @@ class _Normed(_Deferred):
             self.relu, y.numpy(), torch.get_num_threads(),
         )  # fmt: skip
         return y
+
+
+class _Sum(_Deferred):
+    """The sum of two gradients, of the same shape and dtype."""
+
+    __slots__ = ()
+
+    def compute(self) -> torch.Tensor:
+        a, b = (c.get_packed() for c in self.sources)
+        return torch.add(a, b.view(a.shape), out=memory.empty(tuple(a.shape), a.dtype))
 
 
 class _Masked(_Deferred):
@@ -463,6 +480,14 @@ def _register_pointwise() -> None:
 _register_pointwise()
 
 
+def waiting_norm(x: Any) -> _Normed | None:
+    """The batch norm, with its ReLU if it has one, that x waits for; None where something else is to be added."""
+    cell = getattr(x, "_cell", None)
+    if not isinstance(cell, _Normed) or not cell.waiting() or cell.summed or cell.sizes != _norm_sizes(x):
+        return None
+    return cell
+
+
 def _normed(x: Any) -> _Normed | None:
     """The batch norm that x waits for, as long as nothing but a sum and a ReLU can have followed."""
     cell = getattr(x, "_cell", None)
@@ -494,6 +519,9 @@ def _add(func, args, kwargs):
         for a, b in ((x, y), (y, x)):
             if (normed := _normed(a)) is not None and not normed.summed and a.dtype == b.dtype and not b._cell.exposed:
                 return _alias(normed.plus(b._cell), a.shape, a.dtype)
+        # Gradients of a tensor that was used twice: a batch norm before it adds them as it reads them.
+        if not torch.is_grad_enabled() and x.dtype == y.dtype and not (x._cell.exposed or y._cell.exposed):
+            return _alias(_Sum(x._cell, y._cell), x.shape, x.dtype)
     return _pointwise(func, args, kwargs)
 
 
@@ -764,20 +792,30 @@ def _batch_norm_backward(func, args, kwargs):
     n, channels, positions = sizes = _norm_sizes(x)
     if not training:
         mean, invstd = running_mean, torch.rsqrt(running_var + eps)
-    mask = by_product = None
+    gate = more = passed = masked = None
     if isinstance(grad_y, LaneTensor) and isinstance(cell := grad_y._cell, _Masked) and cell.waiting():
         grad, result = cell.sources
-        grad_y, mask = grad.get_packed(), result.get_packed()
+        gate = result.gate(x._cell)
+        if isinstance(grad, _Sum) and grad.waiting():
+            grad, more = grad.sources
+            more = more.get_packed()
+        grad_y = grad.get_packed()
         if result.summed:  # the other summand asks for the masked gradient, too
-            by_product = memory.empty(tuple(x.packed.shape), x.dtype)
+            masked = cell
+        if result.summed or more is not None:
+            passed = memory.empty(tuple(x.packed.shape), x.dtype)
     else:
-        cell = None
         grad_y = grad_y.packed if isinstance(grad_y, LaneTensor) else pack(grad_y.contiguous())
     packed, threads = x.packed, torch.get_num_threads()
     sum_g, sum_gx = torch.empty((2, channels), dtype=x.dtype)
     native().norm_reduce(
-        *sizes, packed.numpy(), grad_y.numpy(), _numpy(mask), mean.numpy(), sum_g.numpy(), sum_gx.numpy(), threads
-    )
+        *sizes, packed.numpy(), grad_y.numpy(), _numpy(more), gate, mean.numpy(), sum_g.numpy(), sum_gx.numpy(),
+        _numpy(passed), threads,
+    )  # fmt: skip
+    if passed is not None:
+        grad_y, gate = passed, None
+    if masked is not None:
+        masked.packed, masked.sources = passed, ()
     grad_x = None
     if wanted[0]:
         scale = invstd if weight is None else invstd * weight
@@ -786,10 +824,8 @@ def _batch_norm_backward(func, args, kwargs):
         shift = -scale * sum_g / count if training else torch.zeros_like(scale)
         out = memory.empty(tuple(packed.shape), x.dtype)
         native().norm_grad(
-            *sizes, packed.numpy(), grad_y.numpy(), _numpy(mask), mean.numpy(), scale.numpy(), slope.numpy(),
-            shift.numpy(), out.numpy(), _numpy(by_product), threads,
+            *sizes, packed.numpy(), grad_y.numpy(), gate, mean.numpy(), scale.numpy(), slope.numpy(), shift.numpy(),
+            out.numpy(), threads,
         )  # fmt: skip
-        if by_product is not None:
-            cell.packed, cell.sources = by_product, ()
         grad_x = wrap(out, n)
     return grad_x, sum_gx * invstd if wanted[1] else None, sum_g if wanted[2] else None

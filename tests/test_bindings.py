@@ -43,13 +43,32 @@ CALLS = {
         {"grad_x", "grad_values", "grad_bias"},
     ),
     "conv2d_forward": (
-        lambda a, t: C.conv2d_forward(cx, 2, GEOMETRY, a["x"], 0, a["values"], a["bias"], a["y"], 1, t),
+        lambda a, t: C.conv2d_forward(cx, 2, GEOMETRY, a["x"], 0, None, a["values"], a["bias"], a["y"], 1, t),
         arrays(x=(2, 6, 5, 7), values=conv.nnz, bias=4, y=(4, 5, 7, LANES)),
+        {"y"},
+    ),
+    "conv2d_forward of a norm": (
+        lambda a, t: C.conv2d_forward(
+            cx, 2, GEOMETRY, a["x"], 1, (a["scale"], a["shift"], True), a["values"], None, a["y"], 1, t
+        ),
+        arrays(x=(6, 5, 7, LANES), scale=6, shift=6, values=conv.nnz, y=(4, 5, 7, LANES)),
         {"y"},
     ),
     "conv2d_backward": (
         lambda a, t: C.conv2d_backward(
-            cx, 2, GEOMETRY, a["grad_y"], 2, a["x"], 0, a["values"], a["grad_x"], a["grad_values"], a["grad_bias"], t
+            cx,
+            2,
+            GEOMETRY,
+            a["grad_y"],
+            2,
+            a["x"],
+            0,
+            None,
+            a["values"],
+            a["grad_x"],
+            a["grad_values"],
+            a["grad_bias"],
+            t,
         ),
         arrays(
             grad_y=(2, 5, 7, 4), x=(2, 6, 5, 7), values=conv.nnz, grad_x=(2, 6, 5, 7), grad_values=conv.nnz, grad_bias=4
@@ -116,9 +135,11 @@ CALLS = {
         {"y"},
     ),
     "norm_reduce": (
-        lambda a, t: C.norm_reduce(5, 3, 4, a["x"], a["grad_y"], a["result"], a["mean"], a["sum_g"], a["sum_gx"], t),
-        arrays(x=norm, grad_y=norm, result=norm, mean=3, sum_g=3, sum_gx=3),
-        {"sum_g", "sum_gx"},
+        lambda a, t: C.norm_reduce(
+            5, 3, 4, a["x"], a["grad_y"], a["more"], a["result"], a["mean"], a["sum_g"], a["sum_gx"], a["grad"], t
+        ),
+        arrays(x=norm, grad_y=norm, more=norm, result=norm, mean=3, sum_g=3, sum_gx=3, grad=norm),
+        {"sum_g", "sum_gx", "grad"},
     ),
     "norm_grad": (
         lambda a, t: C.norm_grad(
@@ -127,17 +148,16 @@ CALLS = {
             4,
             a["x"],
             a["grad_y"],
-            a["result"],
+            (a["relu_scale"], a["relu_shift"]),
             a["mean"],
             a["scale"],
             a["slope"],
             a["shift"],
             a["grad_x"],
-            a["grad_residual"],
             t,
         ),
-        arrays(x=norm, grad_y=norm, result=norm, mean=3, scale=3, slope=3, shift=3, grad_x=norm, grad_residual=norm),
-        {"grad_x", "grad_residual"},
+        arrays(x=norm, grad_y=norm, relu_scale=3, relu_shift=3, mean=3, scale=3, slope=3, shift=3, grad_x=norm),
+        {"grad_x"},
     ),
     "gather": (
         lambda a, t: C.gather(ix, a["dense"], a["values"], t),
@@ -251,7 +271,7 @@ def test_conv2d_geometry(place, value, message):
     if place == 1:
         geometry[8] = 0
     with pytest.raises(ValueError, match=message):
-        C.conv2d_forward(cx, 2, geometry, none, 0, np.zeros(conv.nnz, np.float32), None, none, 0, 1)
+        C.conv2d_forward(cx, 2, geometry, none, 0, None, np.zeros(conv.nnz, np.float32), None, none, 0, 1)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsebreg as sb
 from sparsebreg import _extension, lanes
+from sparsebreg.functional import Geometry, sparse_conv2d
 from sparsebreg.lanes import LaneTensor
 
 pytestmark = pytest.mark.skipif(_extension.native() is None, reason="tests of the native extension")
@@ -245,6 +246,61 @@ def test_norm_relu_and_residual(name, n, training):
         assert (p.grad is None) == (q.grad is None)
         if p.grad is not None:
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-9)
+
+
+# n: a norm; c: a convolution, sparse and on the lane layout, or dense. What a norm gives to a convolution alone is
+# never computed for itself, and gradients that meet are added by the norm before.
+CONVOLVED = {
+    "norm": lambda n, c, x: c(n(x)),
+    "relu": lambda n, c, x: c(F.relu(n(x))),
+    "relu_inplace": lambda n, c, x: c(F.relu(n(x), inplace=True)),
+    "twice": lambda n, c, x: (lambda y: c(y) - c(2 * c(y)))(F.relu(n(x))),
+    "and_read": lambda n, c, x: (lambda y: c(y) + y.exp())(F.relu(n(x))),
+    "residual": lambda n, c, x: (lambda y: c(y) + y)(F.relu(n(c(x)) + x)),
+    "three_gradients": lambda n, c, x: (lambda y: c(y) + c(-y) * c(y + 1))(F.relu(n(c(x)) + x)),
+    "three_gradients_of_a_relu": lambda n, c, x: (lambda y: c(y) + c(-y) * c(y + 1))(F.relu(n(x))),
+    "sum": lambda n, c, x: c(n(x) + x),
+    "other_rows": lambda n, c, x: c(F.relu(n(x.view(-1, 6, 10, 3))).view(-1, 6, 5, 6)),
+    "more_channels": lambda n, c, x: c(F.relu(n(torch.cat([x, x], 1).view(-1, 6, 10, 6))).view(-1, 12, 5, 6)),
+    "as_channels": lambda n, c, x: c(F.relu(n(x).view(-1, 12, 5, 3)).view(-1, 6, 5, 6)),
+    "input_written_later": lambda n, c, x: (lambda t: (lambda y: (t.mul_(2), c(y))[1] + t)(F.relu(n(t))))(x * 1),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("size", [16, 21])
+@pytest.mark.parametrize("name", CONVOLVED)
+def test_norm_before_a_convolution(name, size, training):
+    weight = torch.randn(6, 6, 3, 3, dtype=torch.float64) * (torch.rand(6, 6, 3, 3) < 0.4)
+    pattern = sb.SparsePattern.from_mask(weight != 0)
+    norms, kernels = [], [weight.clone().requires_grad_(), pattern.gather(weight).requires_grad_()]
+    for _ in range(2):
+        norms.append(nn.BatchNorm2d(6).double().train(training))
+        for i, p in enumerate(norms[-1].parameters()):
+            p.data = torch.linspace(1.5 - i, -0.5 + i, 6, dtype=torch.float64)
+        for b in norms[-1].buffers():
+            b += 1
+
+    def run(x):
+        if isinstance(x, LaneTensor):
+
+            def conv(x):
+                geometry = Geometry((1, 1), (1, 1), (1, 1), x.shape[1] // 6)
+                return sparse_conv2d(x, pattern, kernels[1], geometry=geometry)
+
+            return CONVOLVED[name](norms[1], conv, x)
+        return CONVOLVED[name](norms[0], lambda x: F.conv2d(x, kernels[0], padding=1, groups=x.shape[1] // 6), x)
+
+    if "later" in name:  # autograd refuses: the norm's input is needed for its gradient
+        x = torch.randn(size, 6, 5, 6, dtype=torch.float64)
+        with torch.no_grad():
+            torch.testing.assert_close(ordinary(run(lanes.from_plain(x))), run(x))
+        return
+    agree(run, size, 6, 5, 6)
+    torch.testing.assert_close(kernels[1].grad, pattern.gather(kernels[0].grad), rtol=1e-9, atol=1e-9)
+    for p, q in zip(*(m.parameters() for m in norms), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("isa")

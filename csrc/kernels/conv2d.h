@@ -15,11 +15,32 @@ struct Band {
   int64_t channel;   // elements between channels
 };
 
+// What becomes of a source's elements on their way into a band; see ConvArgs.
+template <class T>
+struct Norm {
+  const T* scale = nullptr;
+  const T* shift = nullptr;
+  bool relu = false;
+};
+
+// copy_lanes, with the norm of one channel.
+template <class T>
+void norm_lanes(const T* src, ptrdiff_t step, int images, int64_t len, T* dst, const Norm<T>& norm, int channel) {
+  const V<T> scale = splat<T>(norm.scale[channel]), shift = splat<T>(norm.shift[channel]);
+  for (int part = 0; part < LANES; part += Vec<T>::n) {
+    const typename Vec<T>::index exists = lane_mask<T>(images, part);
+    for (int64_t p = 0; p < len; ++p) {
+      const V<T> v = normed<T>(load(src + p * step + part), scale, shift);
+      store(dst + p * LANES + part, exists ? norm.relu ? rectified<T>(v) : v : zero<T>());
+    }
+  }
+}
+
 // Fills the band of channels [c0, c1) of image block `nb` whose first destination row is `row0`. `line` holds RB * SY +
 // SY source rows of one channel.
 template <class T>
 void fill_band(const Band& b, const T* data, Layout layout, int64_t N, int64_t nb, int row0, int c0, int c1, T* band,
-               T* line) {
+               T* line, const Norm<T>& norm = {}) {
   const int images = int(least<int64_t>(LANES, N - nb * LANES));
   const int64_t plane = int64_t(b.H) * b.W, image = int64_t(b.C) * plane;
   const T* src = data + nb * LANES * image;
@@ -63,6 +84,9 @@ void fill_band(const Band& b, const T* data, Layout layout, int64_t N, int64_t n
                         dst + m * LANES, b.channel);
           } else if (direct)
             pack_rows(src + c * plane + int64_t(iy) * b.W + ix, image, images, m1 - m0, dst + m0 * LANES, LANES);
+          else if (norm.scale)
+            norm_lanes(from + (int64_t(iy) * b.W + ix) * LANES, ptrdiff_t(b.SX) * LANES, images, m1 - m0,
+                       dst + m0 * LANES, norm, c);
           else
             copy_lanes(from + ((iy - origin) * b.W + ix) * LANES, ptrdiff_t(b.SX) * LANES,
                        layout == Layout::lanes ? images : LANES, m1 - m0, dst + m0 * LANES);
@@ -259,7 +283,8 @@ void conv2d_forward(const ConvArgs<T>& a) {
       const int64_t r1 = part_start(st.ptr, st.chunks, a.OC, parts, part + 1);
       if (r0 == r1) continue;
       const int OCg = a.OC / a.G, ICg = a.IC / a.G;
-      fill_band(b, a.x, a.x_layout, a.N, nb, row0, int(r0 / OCg) * ICg, int((r1 - 1) / OCg + 1) * ICg, band, line);
+      fill_band(b, a.x, a.x_layout, a.N, nb, row0, int(r0 / OCg) * ICg, int((r1 - 1) / OCg + 1) * ICg, band, line,
+                Norm<T>{a.x_scale, a.x_shift, a.x_relu});
       GatherTile<T> t;
       t.src_row = int64_t(b.CB) * LANES;
       t.offset = st.offset;
@@ -518,7 +543,8 @@ void conv2d_grad_values(const ConvArgs<T>& a) {
           }
         }
         if (!a.grad_values) continue;
-        fill_band(b, a.x, a.x_layout, a.N, nb, row0, int(r0 / OCg) * ICg, int((r1 - 1) / OCg + 1) * ICg, band, line);
+        fill_band(b, a.x, a.x_layout, a.N, nb, row0, int(r0 / OCg) * ICg, int((r1 - 1) / OCg + 1) * ICg, band, line,
+                  Norm<T>{a.x_scale, a.x_shift, a.x_relu});
         t.src_row = int64_t(b.CB) * LANES;
         t.offset = st.offset;
         t.ptr_step = st.chunks;

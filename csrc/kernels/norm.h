@@ -83,24 +83,47 @@ void norm_stats(const NormArgs<T>& a) {
   }
 }
 
+// What a batch norm makes of x; one expression everywhere, so that a sign does not depend on who computes it.
+template <class T>
+SB_INLINE V<T> normed(V<T> x, V<T> scale, V<T> shift) {
+  return x * scale + shift;
+}
+
+template <class T>
+SB_INLINE V<T> rectified(V<T> v) {
+  return v < zero<T>() ? zero<T>() : v;  // NaN stays
+}
+
+template <class T>
+SB_INLINE void store_or_stream(T* p, V<T> v, bool past_the_caches) {
+  if (CAN_STREAM && past_the_caches)
+    stream(p, v);
+  else
+    store(p, v);
+}
+
 // y = scale[c] * x + shift[c] (+ residual) (then ReLU).
 template <class T, bool RESIDUAL, bool RELU>
 void norm_apply_as(const NormArgs<T>& a) {
   constexpr int n = Vec<T>::n;
   const int64_t planes = div_up(a.N, LANES) * a.C, length = a.P * LANES;
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
-  for (int64_t t = 0; t < planes; ++t) {
-    const int64_t c = t % a.C;
-    const V<T> scale = splat<T>(a.scale[c]), shift = splat<T>(a.shift[c]);
-    const T* x = a.x + t * length;
-    const T* residual = RESIDUAL ? a.residual + t * length : nullptr;
-    T* y = a.y + t * length;
-    for (int64_t i = 0; i < length; i += n) {
-      V<T> v = load(x + i) * scale + shift;
-      if (RESIDUAL) v += load(residual + i);
-      if (RELU) v = v < zero<T>() ? zero<T>() : v;  // NaN stays
-      store(y + i, v);
+  const bool past_the_caches = should_stream(a.y, planes * length * int64_t(sizeof(T)));
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < planes; ++t) {
+      const int64_t c = t % a.C;
+      const V<T> scale = splat<T>(a.scale[c]), shift = splat<T>(a.shift[c]);
+      const T* x = a.x + t * length;
+      const T* residual = RESIDUAL ? a.residual + t * length : nullptr;
+      T* y = a.y + t * length;
+      for (int64_t i = 0; i < length; i += n) {
+        V<T> v = normed<T>(load(x + i), scale, shift);
+        if (RESIDUAL) v += load(residual + i);
+        store_or_stream(y + i, RELU ? rectified<T>(v) : v, past_the_caches);
+      }
     }
+    stream_fence();
   }
 }
 
@@ -112,19 +135,48 @@ void norm_apply(const NormArgs<T>& a) {
     a.relu ? norm_apply_as<T, false, true>(a) : norm_apply_as<T, false, false>(a);
 }
 
-// g = grad_y, where `result` is given only at its positive values (the gradient of a ReLU that made it).
-template <class T, bool MASKED>
-SB_INLINE V<T> masked_grad(const T* grad, const T* result, int64_t i) {
-  const V<T> g = load(grad + i);
-  if (!MASKED) return g;
-  return load(result + i) > zero<T>() ? g : zero<T>();
+// What tells where a ReLU behind the norm lets a gradient pass.
+enum class Gate { open, result, input };
+
+template <class T>
+Gate gate_of(const NormArgs<T>& a) {
+  return a.result ? Gate::result : a.relu_scale ? Gate::input : Gate::open;
 }
 
-// sum_g[c] = sum of g, sum_gx[c] = sum of g * (x - mean[c]), over samples and positions.
-template <class T, bool MASKED>
+// The gradient that reaches the norm's output in channel c of plane t.
+template <class T, Gate GATE, bool MORE>
+struct PassedGrad {
+  const T* x;
+  const T* grad;
+  const T* more;
+  const T* result;
+  V<T> scale, shift;
+
+  SB_INLINE PassedGrad(const NormArgs<T>& a, int64_t t) {
+    const int64_t at = t * a.P * LANES;
+    x = a.x + at;
+    grad = a.grad_y + at;
+    more = MORE ? a.grad_more + at : nullptr;
+    result = GATE == Gate::result ? a.result + at : nullptr;
+    scale = splat<T>(GATE == Gate::input ? a.relu_scale[t % a.C] : T(0));
+    shift = splat<T>(GATE == Gate::input ? a.relu_shift[t % a.C] : T(0));
+  }
+
+  SB_INLINE V<T> operator()(int64_t i) const {
+    V<T> g = load(grad + i);
+    if (MORE) g += load(more + i);
+    if (GATE == Gate::result) return load(result + i) > zero<T>() ? g : zero<T>();
+    if (GATE == Gate::input) return normed<T>(load(x + i), scale, shift) > zero<T>() ? g : zero<T>();
+    return g;
+  }
+};
+
+// sum_g[c] = sum of g, sum_gx[c] = sum of g * (x - mean[c]), over samples and positions; g is written to `grad`.
+template <class T, Gate GATE, bool MORE, bool KEEP>
 void norm_reduce_as(const NormArgs<T>& a) {
   constexpr int n = Vec<T>::n;
   const int64_t blocks = div_up(a.N, LANES), planes = blocks * a.C, length = a.P * LANES;
+  const bool past_the_caches = KEEP && should_stream(a.grad, planes * length * int64_t(sizeof(T)));
   double* part_g = scratch<double>(slot_sums, 2 * planes);
   double* part_gx = part_g + planes;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
@@ -132,39 +184,41 @@ void norm_reduce_as(const NormArgs<T>& a) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < planes; ++t) {
       const int images = int(least<int64_t>(LANES, a.N - t / a.C * LANES));
+      const PassedGrad<T, GATE, MORE> passed(a, t);
       const T* x = a.x + t * length;
-      const T* grad = a.grad_y + t * length;
-      const T* result = MASKED ? a.result + t * length : nullptr;
+      T* kept = KEEP ? a.grad + t * length : nullptr;
       const V<T> mean = splat<T>(a.mean[t % a.C]);
-      double s = 0, sx = 0;
+      V<T> g[2] = {zero<T>(), zero<T>()}, gx[2] = {zero<T>(), zero<T>()};
       if (images == LANES) {
-        V<T> g[2] = {zero<T>(), zero<T>()}, gx[2] = {zero<T>(), zero<T>()};
         int64_t i = 0;
         for (; i + 2 * n <= length; i += 2 * n)
           for (int u = 0; u < 2; ++u) {
-            const V<T> v = masked_grad<T, MASKED>(grad, result, i + u * n);
+            const V<T> v = passed(i + u * n);
+            if (KEEP) store_or_stream(kept + i + u * n, v, past_the_caches);
             g[u] += v;
             gx[u] += v * (load(x + i + u * n) - mean);
           }
         for (; i < length; i += n) {
-          const V<T> v = masked_grad<T, MASKED>(grad, result, i);
+          const V<T> v = passed(i);
+          if (KEEP) store_or_stream(kept + i, v, past_the_caches);
           g[0] += v;
           gx[0] += v * (load(x + i) - mean);
         }
-        s = total<T>(g[0] + g[1]);
-        sx = total<T>(gx[0] + gx[1]);
       } else {
-        for (int64_t i = 0; i < a.P; ++i)
-          for (int l = 0; l < images; ++l) {
-            const int64_t k = i * LANES + l;
-            if (MASKED && !(result[k] > T(0))) continue;
-            s += double(grad[k]);
-            sx += double(grad[k]) * (double(x[k]) - double(a.mean[t % a.C]));
+        for (int part = 0; part < LANES; part += n) {
+          const typename Vec<T>::index exists = lane_mask<T>(images, part);
+          for (int64_t i = part; i < length; i += LANES) {
+            const V<T> v = exists ? passed(i) : zero<T>(), d = exists ? load(x + i) - mean : zero<T>();
+            if (KEEP) store_or_stream(kept + i, v, past_the_caches);
+            g[0] += v;
+            gx[0] += v * d;
           }
+        }
       }
-      part_g[t] = s;
-      part_gx[t] = sx;
+      part_g[t] = total<T>(g[0] + g[1]);
+      part_gx[t] = total<T>(gx[0] + gx[1]);
     }
+    stream_fence();
 #pragma omp for schedule(static)
     for (int64_t c = 0; c < a.C; ++c) {
       double s = 0, sx = 0;
@@ -175,35 +229,57 @@ void norm_reduce_as(const NormArgs<T>& a) {
   }
 }
 
-template <class T>
-void norm_reduce(const NormArgs<T>& a) {
-  a.result ? norm_reduce_as<T, true>(a) : norm_reduce_as<T, false>(a);
+template <class T, Gate GATE>
+void norm_reduce_behind(const NormArgs<T>& a) {
+  if (a.grad_more)
+    a.grad ? norm_reduce_as<T, GATE, true, true>(a) : norm_reduce_as<T, GATE, true, false>(a);
+  else
+    a.grad ? norm_reduce_as<T, GATE, false, true>(a) : norm_reduce_as<T, GATE, false, false>(a);
 }
 
-// grad_x = scale[c] * g + slope[c] * (x - mean[c]) + shift[c]; with grad_residual, g is written there.
-template <class T, bool MASKED>
+template <class T>
+void norm_reduce(const NormArgs<T>& a) {
+  switch (gate_of(a)) {
+    case Gate::open:
+      return norm_reduce_behind<T, Gate::open>(a);
+    case Gate::result:
+      return norm_reduce_behind<T, Gate::result>(a);
+    case Gate::input:
+      return norm_reduce_behind<T, Gate::input>(a);
+  }
+}
+
+// grad_x = scale[c] * g + slope[c] * (x - mean[c]) + shift[c].
+template <class T, Gate GATE>
 void norm_grad_as(const NormArgs<T>& a) {
   constexpr int n = Vec<T>::n;
   const int64_t planes = div_up(a.N, LANES) * a.C, length = a.P * LANES;
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
-  for (int64_t t = 0; t < planes; ++t) {
-    const int64_t c = t % a.C;
-    const V<T> scale = splat<T>(a.scale[c]), shift = splat<T>(a.shift[c]), slope = splat<T>(a.slope[c]),
-               mean = splat<T>(a.mean[c]);
-    const T* x = a.x + t * length;
-    const T* grad = a.grad_y + t * length;
-    const T* result = MASKED ? a.result + t * length : nullptr;
-    T* y = a.y + t * length;
-    T* residual = a.grad_residual ? a.grad_residual + t * length : nullptr;
-    for (int64_t i = 0; i < length; i += n) {
-      const V<T> g = masked_grad<T, MASKED>(grad, result, i);
-      store(y + i, scale * g + slope * (load(x + i) - mean) + shift);
-      if (residual) store(residual + i, g);
+  const bool past_the_caches = should_stream(a.y, planes * length * int64_t(sizeof(T)));
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < planes; ++t) {
+      const int64_t c = t % a.C;
+      const V<T> scale = splat<T>(a.scale[c]), shift = splat<T>(a.shift[c]), slope = splat<T>(a.slope[c]),
+                 mean = splat<T>(a.mean[c]);
+      const PassedGrad<T, GATE, false> passed(a, t);
+      const T* x = a.x + t * length;
+      T* y = a.y + t * length;
+      for (int64_t i = 0; i < length; i += n)
+        store_or_stream(y + i, scale * passed(i) + slope * (load(x + i) - mean) + shift, past_the_caches);
     }
+    stream_fence();
   }
 }
 
 template <class T>
 void norm_grad(const NormArgs<T>& a) {
-  a.result ? norm_grad_as<T, true>(a) : norm_grad_as<T, false>(a);
+  switch (gate_of(a)) {
+    case Gate::open:
+      return norm_grad_as<T, Gate::open>(a);
+    case Gate::result:
+      return norm_grad_as<T, Gate::result>(a);
+    case Gate::input:
+      return norm_grad_as<T, Gate::input>(a);
+  }
 }

@@ -50,9 +50,13 @@ struct ConvArgs {
   const T* values;
   const T* bias;
   const T* x;
+  // Not null, in the lane layout: what is convolved is x_scale[c] * x + x_shift[c], rectified with x_relu.
+  const T* x_scale;
+  const T* x_shift;
+  bool x_relu;
   T* y;
   const T* grad_y;
-  T* grad_x;
+  T* grad_x;  // of what is convolved
   T* grad_values;
   T* grad_bias;
   Layout x_layout, y_layout;
@@ -109,7 +113,7 @@ struct PoolArgs {
   int threads;
 };
 
-// Batch norm in the lane layout: x, y, residual, result, grad_y, grad_residual [ceil(N/16)][C][P][16], the rest [C].
+// Batch norm in the lane layout: x, y, residual, result, grad_y, grad_more, grad [ceil(N/16)][C][P][16], the rest [C].
 template <class T>
 struct NormArgs {
   int64_t N, C, P;
@@ -118,8 +122,13 @@ struct NormArgs {
   const T* residual;  // null: none
   bool relu;
   const T* grad_y;
-  const T* result;   // null: no ReLU behind
-  T* grad_residual;  // null: not wanted
+  const T* grad_more;  // null: none; else added to grad_y
+  // A ReLU behind lets a gradient pass where its result is positive: `result`, or relu_scale * x + relu_shift, or no
+  // ReLU where all are null.
+  const T* result;
+  const T* relu_scale;
+  const T* relu_shift;
+  T* grad;  // null: not wanted; what passed the ReLU
   T* mean;
   T* var;
   const T* scale;

@@ -241,8 +241,17 @@ void test_conv2d() {
     for (int64_t N : BATCHES) {
       const bool large = c.H == 64;
       if (large && N != 16) continue;
-      const Doubles x = random_doubles(N * c.IC * c.H * c.W), bias = random_doubles(c.OC),
-                    grad_y = random_doubles(N * c.OC * OH * OW);
+      // x is what a norm makes of raw; the kernels get the one or, in the lane layout, the other with the norm.
+      const bool relu = N % 2;
+      const Doubles raw = random_doubles(N * c.IC * c.H * c.W), bias = random_doubles(c.OC),
+                    grad_y = random_doubles(N * c.OC * OH * OW), scale = random_doubles(c.IC),
+                    shift = random_doubles(c.IC);
+      Doubles x(raw.size());
+      for (size_t i = 0; i < x.size(); ++i) {
+        const size_t ic = i / (size_t(c.H) * size_t(c.W)) % size_t(c.IC);
+        x[i] = scale[ic] * raw[i] + shift[ic];
+        if (relu) x[i] = std::max(x[i], 0.0);
+      }
       Doubles y(grad_y.size()), grad_x(x.size()), grad_values(p.values.size()), grad_bias(bias.size());
       for (int64_t n = 0; n < N; ++n)
         for (int oc = 0; oc < c.OC; ++oc)
@@ -272,16 +281,23 @@ void test_conv2d() {
               [&](auto zero, int threads) {
                 using T = decltype(zero);
                 const Shape xs{N, c.IC, int64_t(c.H) * c.W, xl}, ys{N, c.OC, int64_t(OH) * OW, yl};
-                Buffer<T> v(p.values), b(bias), in(xs, x), out(ys.size()), gy(ys, grad_y), gx(xs.size()),
-                    gv(p.index.nnz), gb(c.OC);
-                ConvArgs<T> a{p.index, N,    c.IC, c.H, c.W, c.OC, OH,  OW, c.KH, c.KW, c.SH, c.SW, c.PH, c.PW,
-                              c.DH,    c.DW, c.G,  v,   b,   in,   out, gy, gx,   gv,   gb,   xl,   yl,   threads};
-                kernels<T>().conv2d_forward(a);
-                kernels<T>().conv2d_backward(a);
-                compare("y", out, ys, y);
-                compare("grad_x", gx, xs, grad_x);
-                compare("grad_values", gv, grad_values);
-                compare("grad_bias", gb, grad_bias);
+                for (const bool norm : {false, true}) {
+                  if (norm && xl != Layout::lanes) continue;
+                  Buffer<T> v(p.values), b(bias), in(xs, norm ? raw : x), out(ys.size()), gy(ys, grad_y), gx(xs.size()),
+                      gv(p.index.nnz), gb(c.OC), sb(scale), hb(shift);
+                  ConvArgs<T> a{};
+                  a.index = p.index, a.N = N, a.IC = c.IC, a.H = c.H, a.W = c.W, a.OC = c.OC, a.OH = OH, a.OW = OW;
+                  a.KH = c.KH, a.KW = c.KW, a.SH = c.SH, a.SW = c.SW, a.PH = c.PH, a.PW = c.PW, a.DH = c.DH;
+                  a.DW = c.DW, a.G = c.G, a.values = v, a.bias = b, a.x = in, a.y = out, a.grad_y = gy, a.grad_x = gx;
+                  a.grad_values = gv, a.grad_bias = gb, a.x_layout = xl, a.y_layout = yl, a.threads = threads;
+                  if (norm) a.x_scale = sb, a.x_shift = hb, a.x_relu = relu;
+                  kernels<T>().conv2d_forward(a);
+                  kernels<T>().conv2d_backward(a);
+                  compare("y", out, ys, y);
+                  compare("grad_x", gx, xs, grad_x);
+                  compare("grad_values", gv, grad_values);
+                  compare("grad_bias", gb, grad_bias);
+                }
               });
         }
     }
@@ -428,11 +444,11 @@ void test_norm() {
   for (int64_t N : BATCHES)
     for (int64_t C : {1, 6})
       for (int64_t P : {1, 9, 64})
-        for (int mode = 0; mode < 4; ++mode) {
-          const bool relu = mode & 1, residual = mode & 2;
+        for (int mode = 0; mode < 12; ++mode) {
+          const bool relu = mode & 1, residual = mode & 2, input = mode / 4 == 1, more = mode / 4 == 2;
           const Shape s{N, C, P, Layout::lanes};
           const Doubles x = random_doubles(N * C * P), r = random_doubles(N * C * P),
-                        grad_y = random_doubles(N * C * P);
+                        grad_y = random_doubles(N * C * P), other = random_doubles(N * C * P);
           const Doubles scale = random_doubles(C), shift = random_doubles(C), slope = random_doubles(C),
                         centre = random_doubles(C);  // the gradients take any mean
           Doubles mean(scale.size()), var(scale.size()), sum_g(scale.size()), sum_gx(scale.size());
@@ -444,23 +460,28 @@ void test_norm() {
             var[c] += (x[i] - mean[c]) * (x[i] - mean[c]) / double(N * P);
             y[i] = scale[c] * x[i] + shift[c] + (residual ? r[i] : 0);
             if (relu) y[i] = std::max(y[i], 0.0);
-            g[i] = relu && !(r[i] > 0) ? 0 : grad_y[i];  // r stands for the result of the ReLU
+            // r stands for the result of the ReLU, or its input is what it was made of.
+            const double gate = input ? scale[c] * x[i] + shift[c] : r[i];
+            g[i] = relu && !(gate > 0) ? 0 : grad_y[i] + (more ? other[i] : 0);
             sum_g[c] += g[i];
             sum_gx[c] += g[i] * (x[i] - centre[c]);
             grad_x[i] = scale[c] * g[i] + slope[c] * (x[i] - centre[c]) + shift[c];
           }
           everywhere("norm " + text({N, C, P, mode}), [&](auto zero, int threads) {
             using T = decltype(zero);
-            Buffer<T> in(s, x), rb(s, r), gy(s, grad_y), cb(centre), sb(scale), hb(shift), lb(slope);
-            Buffer<T> m(C), v(C), out(s.size()), gx(s.size()), gr(s.size()), sg(C), sgx(C);
+            Buffer<T> in(s, x), rb(s, r), gy(s, grad_y), go(s, other), cb(centre), sb(scale), hb(shift), lb(slope);
+            Buffer<T> m(C), v(C), out(s.size()), gx(s.size()), passed(s.size()), sg(C), sgx(C);
             NormArgs<T> a{};
             a.N = N, a.C = C, a.P = P, a.x = in, a.relu = relu, a.scale = sb, a.shift = hb, a.threads = threads;
             a.y = out, a.mean = m, a.var = v, a.residual = residual ? rb.data : nullptr;
             kernels<T>().norm_stats(a);
             kernels<T>().norm_apply(a);
-            a.y = gx, a.mean = cb, a.grad_y = gy, a.result = relu ? rb.data : nullptr, a.slope = lb;
-            a.sum_g = sg, a.sum_gx = sgx, a.grad_residual = residual ? gr.data : nullptr;
+            a.y = gx, a.mean = cb, a.grad_y = gy, a.slope = lb, a.sum_g = sg, a.sum_gx = sgx;
+            a.grad_more = more ? go.data : nullptr, a.grad = residual || more ? passed.data : nullptr;
+            if (relu && input) a.relu_scale = sb, a.relu_shift = hb;
+            if (relu && !input) a.result = rb;
             kernels<T>().norm_reduce(a);
+            if (a.grad) a.grad_y = a.grad, a.result = a.relu_scale = a.relu_shift = nullptr;
             kernels<T>().norm_grad(a);
             compare("mean", m, mean);
             compare("var", v, var);
@@ -468,7 +489,7 @@ void test_norm() {
             compare("sum_g", sg, sum_g);
             compare("sum_gx", sgx, sum_gx);
             compare("grad_x", gx, s, grad_x);
-            if (residual) compare("grad_residual", gr, s, g);
+            if (a.grad) compare("grad", passed, s, g);
           });
         }
   family("norm");

@@ -27,6 +27,17 @@ def _array(t: torch.Tensor | None, layout: Layout = Layout.PLAIN):
     return (t if layout is Layout.PLAIN else t.permute(0, 2, 3, 1)).numpy()
 
 
+def _source(x: torch.Tensor | None, layout: Layout):
+    """The memory of a convolution's input, and (scale, shift, relu) where a batch norm of it was not computed yet.
+
+    The convolution applies it to what it copies anyway, so that the norm's result need not exist at all.
+    """
+    normed = lanes.waiting_norm(x)
+    if normed is None:
+        return _array(x, layout), None
+    return normed.sources[0].get_packed().numpy(), (normed.scale.numpy(), normed.shift.numpy(), normed.relu)
+
+
 def _result(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout) -> torch.Tensor:
     if layout is Layout.LANES:
         n, *rest = shape
@@ -87,9 +98,10 @@ class NativeBackend:
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout):
         x_layout = _layout(x)
         size = geometry.output_size(x.shape[2:], pattern.shape[2:])
+        source, norm = _source(x, x_layout)
         y = _result((x.shape[0], pattern.rows, *size), x.dtype, layout)
         self.C.conv2d_forward(
-            pattern.native_index(), x.shape[0], _geometry(pattern, geometry, x.shape), _array(x, x_layout), x_layout,
+            pattern.native_index(), x.shape[0], _geometry(pattern, geometry, x.shape), source, x_layout, norm,
             _array(values), _array(bias), _array(y, layout), layout, torch.get_num_threads(),
         )  # fmt: skip
         return y
@@ -97,13 +109,14 @@ class NativeBackend:
     def conv2d_backward(self, pattern, grad_y, x, values, geometry, x_shape, needs):
         layout = _layout(grad_y)
         x_layout = layout if x is None else _layout(x)
+        source, norm = _source(x, x_layout)
         grad_x = _result(tuple(x_shape), grad_y.dtype, x_layout) if needs[0] else None
         grad_values = torch.empty_like(values) if needs[1] else None
         grad_bias = torch.empty(pattern.rows, dtype=values.dtype) if needs[2] else None
         self.C.conv2d_backward(
             pattern.native_index(), x_shape[0], _geometry(pattern, geometry, x_shape), _array(grad_y, layout), layout,
-            _array(x, x_layout), x_layout, _array(values), _array(grad_x, x_layout), _array(grad_values),
-            _array(grad_bias), torch.get_num_threads(),
+            source, x_layout, norm, _array(values), _array(grad_x, x_layout), _array(grad_values), _array(grad_bias),
+            torch.get_num_threads(),
         )  # fmt: skip
         return grad_x, grad_values, grad_bias
 

@@ -137,7 +137,11 @@ METHODS: dict[str, Method] = {
         _LINBREG,
         {**_SPARSE, "init_distribution": "erk", "momentum": 0.9, "lr": 3.0, "lam": 0.07, "coarse_steps": 39},
         # Convolutions see larger gradients, so the same step is larger for them.
-        for_model={"convnet": {"lr": 1.5, "lam": 0.18, "coarse_steps": 9, "init_density": 0.08}},
+        for_model={
+            "convnet": {"lr": 1.5, "lam": 0.18, "coarse_steps": 9, "init_density": 0.08},
+            # Batch norm makes gradients larger the smaller the weights are.
+            "resnet18": {"lr": 1.0, "lam": 0.025, "coarse_steps": 49},
+        },
         bregman=True,
     ),
     "ml-adabreg": Method(

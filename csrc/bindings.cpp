@@ -467,10 +467,10 @@ void norm_apply(int64_t N, int64_t C, int64_t P, const py::array& x, const py::a
   });
 }
 
-// What both passes of the gradient take.
 // What tells where a ReLU behind a norm lets a gradient pass: its result, or (scale, shift) that x became it with.
 using Gate = std::variant<std::monostate, py::array, std::pair<py::array, py::array>>;
 
+// What both passes of the gradient take.
 template <class T>
 NormArgs<T> norm_grad_args(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y,
                            const Gate& gate, const py::array& mean, int64_t* size, int threads) {

@@ -107,7 +107,7 @@ class _Cell:
     def _settle(self) -> None:
         """Who meant to read the storage later reads it now."""
         for reader in list(self.readers or ()):
-            reader.get_packed()
+            reader.settle()
         self.readers = None
 
 
@@ -130,13 +130,21 @@ class _Deferred(_Cell):
     def waiting(self) -> bool:
         return self.packed is None and not self.exposed
 
-    def compute(self) -> torch.Tensor:
+    def compute(self, sources: tuple[_Cell, ...]) -> torch.Tensor:
         raise NotImplementedError
 
     def get_packed(self) -> torch.Tensor:
+        sources = self.sources  # read first: another thread may be done at any time
         if self.waiting():
-            self.packed, self.sources = self.compute(), ()
+            self.finish(self.compute(sources))
         return super().get_packed()
+
+    def finish(self, packed: torch.Tensor) -> None:
+        """Takes the result, from whoever computed it."""
+        self.packed, self.sources = packed, ()
+
+    def settle(self) -> None:
+        self.get_packed()
 
     def get_plain(self) -> torch.Tensor:
         if self.waiting():
@@ -147,20 +155,29 @@ class _Deferred(_Cell):
 class _Normed(_Deferred):
     """ReLU(scale * x + shift + residual), the ReLU and the residual optional; scale and shift per channel.
 
-    ``sources`` are x and, where there is one, the residual.
+    ``sources`` are x and, where there is one, the residual. ``input`` refers weakly to x, also once ``sources`` are
+    gone, as long as neither x nor the result is written to.
     """
 
-    __slots__ = ("relu", "scale", "shift", "sizes", "summed", "x")
+    __slots__ = ("input", "relu", "scale", "shift", "sizes", "summed")
 
     def __init__(self, sources, sizes: tuple[int, int, int], scale, shift, relu: bool = False) -> None:
         super().__init__(*sources)
         self.sizes, self.scale, self.shift, self.relu = sizes, scale, shift, relu
         self.summed = len(sources) == 2
-        self.x = weakref.ref(sources[0])
+        self.input = weakref.ref(sources[0])
+
+    def settle(self) -> None:
+        super().settle()
+        self.input = None
+
+    def get_writable(self) -> torch.Tensor:
+        self.input = None
+        return super().get_writable()
 
     def gate(self, x: _Cell) -> Any:
         """What tells the gradient of x where the ReLU lets it pass; reading it off x saves reading the result."""
-        if not self.summed and self.x() is x and not x.exposed:
+        if not self.summed and self.input is not None and self.input() is x and not x.exposed:
             return self.scale.numpy(), self.shift.numpy()
         return self.get_packed().numpy()
 
@@ -171,8 +188,8 @@ class _Normed(_Deferred):
         return _Normed(self.sources, self.sizes, self.scale, self.shift, True)
 
     @labelled("norm_relu")
-    def compute(self) -> torch.Tensor:
-        x, *residual = [c.get_packed() for c in self.sources]
+    def compute(self, sources: tuple[_Cell, ...]) -> torch.Tensor:
+        x, *residual = [c.get_packed() for c in sources]
         y = memory.empty(tuple(x.shape), x.dtype)
         native().norm_apply(
             *self.sizes, x.numpy(), self.scale.numpy(), self.shift.numpy(), residual[0].numpy() if residual else None,
@@ -186,8 +203,8 @@ class _Sum(_Deferred):
 
     __slots__ = ()
 
-    def compute(self) -> torch.Tensor:
-        a, b = (c.get_packed() for c in self.sources)
+    def compute(self, sources: tuple[_Cell, ...]) -> torch.Tensor:
+        a, b = (c.get_packed() for c in sources)
         return torch.add(a, b.view(a.shape), out=memory.empty(tuple(a.shape), a.dtype))
 
 
@@ -196,8 +213,8 @@ class _Masked(_Deferred):
 
     __slots__ = ()
 
-    def compute(self) -> torch.Tensor:
-        grad, result = (c.get_packed() for c in self.sources)
+    def compute(self, sources: tuple[_Cell, ...]) -> torch.Tensor:
+        grad, result = (c.get_packed() for c in sources)
         return torch.ops.aten.threshold_backward.grad_input(
             grad, result.view(grad.shape), 0, grad_input=memory.empty(tuple(grad.shape), grad.dtype)
         )
@@ -480,12 +497,16 @@ def _register_pointwise() -> None:
 _register_pointwise()
 
 
-def waiting_norm(x: Any) -> _Normed | None:
-    """The batch norm, with its ReLU if it has one, that x waits for; None where something else is to be added."""
+def waiting_norm(x: Any) -> tuple[_Normed, torch.Tensor] | None:
+    """The batch norm, with its ReLU if it has one, that x waits for, and its packed input.
+
+    None where something else is to be added, or where x regroups its channels.
+    """
     cell = getattr(x, "_cell", None)
-    if not isinstance(cell, _Normed) or not cell.waiting() or cell.summed or cell.sizes != _norm_sizes(x):
+    if not isinstance(cell, _Normed) or cell.summed or cell.sizes != _norm_sizes(x):
         return None
-    return cell
+    sources = cell.sources  # read first: another thread may be done at any time
+    return (cell, sources[0].get_packed()) if cell.waiting() else None
 
 
 def _normed(x: Any) -> _Normed | None:
@@ -519,8 +540,12 @@ def _add(func, args, kwargs):
         for a, b in ((x, y), (y, x)):
             if (normed := _normed(a)) is not None and not normed.summed and a.dtype == b.dtype and not b._cell.exposed:
                 return _alias(normed.plus(b._cell), a.shape, a.dtype)
-        # Gradients of a tensor that was used twice: a batch norm before it adds them as it reads them.
-        if not torch.is_grad_enabled() and x.dtype == y.dtype and not (x._cell.exposed or y._cell.exposed):
+        # Gradients of a tensor that was used twice: a batch norm before it adds the last two as it reads them.
+        backward = torch._C._current_graph_task_id() != -1
+        if backward and x.dtype == y.dtype and not (x._cell.exposed or y._cell.exposed):
+            for cell in (x._cell, y._cell):
+                if isinstance(cell, _Sum):
+                    cell.get_packed()
             return _alias(_Sum(x._cell, y._cell), x.shape, x.dtype)
     return _pointwise(func, args, kwargs)
 
@@ -792,30 +817,29 @@ def _batch_norm_backward(func, args, kwargs):
     n, channels, positions = sizes = _norm_sizes(x)
     if not training:
         mean, invstd = running_mean, torch.rsqrt(running_var + eps)
-    gate = more = passed = masked = None
-    if isinstance(grad_y, LaneTensor) and isinstance(cell := grad_y._cell, _Masked) and cell.waiting():
-        grad, result = cell.sources
+    packed, threads = x.packed, torch.get_num_threads()
+    gate = more = passed = None
+    if isinstance(grad_y, LaneTensor) and isinstance(masked := grad_y._cell, _Masked) and masked.waiting():
+        grad, result = masked.sources
         gate = result.gate(x._cell)
         if isinstance(grad, _Sum) and grad.waiting():
             grad, more = grad.sources
             more = more.get_packed()
         grad_y = grad.get_packed()
-        if result.summed:  # the other summand asks for the masked gradient, too
-            masked = cell
+        # Where there is another summand, it asks for the masked gradient, too.
         if result.summed or more is not None:
-            passed = memory.empty(tuple(x.packed.shape), x.dtype)
+            passed = memory.empty(tuple(packed.shape), x.dtype)
+        del grad
     else:
         grad_y = grad_y.packed if isinstance(grad_y, LaneTensor) else pack(grad_y.contiguous())
-    packed, threads = x.packed, torch.get_num_threads()
     sum_g, sum_gx = torch.empty((2, channels), dtype=x.dtype)
     native().norm_reduce(
         *sizes, packed.numpy(), grad_y.numpy(), _numpy(more), gate, mean.numpy(), sum_g.numpy(), sum_gx.numpy(),
         _numpy(passed), threads,
     )  # fmt: skip
     if passed is not None:
-        grad_y, gate = passed, None
-    if masked is not None:
-        masked.packed, masked.sources = passed, ()
+        masked.finish(passed)
+        grad_y, gate, more = passed, None, None
     grad_x = None
     if wanted[0]:
         scale = invstd if weight is None else invstd * weight

@@ -303,6 +303,36 @@ def test_norm_before_a_convolution(name, size, training):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("written", ["result", "input"])
+def test_whole_writes_behind_autograds_back(written):
+    """What .data writes is what the backward pass sees, as in torch."""
+    x = torch.randn(16, 3, 4, 4, dtype=torch.float64)
+    grads = []
+    for make in (torch.clone, lanes.from_plain):
+        norm = nn.BatchNorm2d(3).double()
+        a = x.clone().requires_grad_()
+        h = make(a) * 1
+        y = F.relu(norm(h))
+        z = y * 1
+        (y if written == "result" else h).data.mul_(-1 if written == "result" else 0.5)
+        z.sum().backward()
+        grads.append([a.grad, norm.weight.grad, norm.bias.grad])
+    for p, q in zip(*grads, strict=True):
+        torch.testing.assert_close(q, p)
+
+
+def test_many_gradients_meet():
+    x = torch.randn(16, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    h = F.relu(nn.BatchNorm2d(2).double()(lanes.from_plain(x)))
+    sum((h * 1 for _ in range(1500)), torch.zeros(())).sum().backward()
+    assert x.grad.isfinite().all()
+    with torch.no_grad():
+        total = h
+        for _ in range(1500):
+            total = total + h
+        torch.testing.assert_close(ordinary(total), 1501 * ordinary(h))
+
+
 @pytest.mark.usefixtures("isa")
 def test_gradcheck():
     norm = nn.BatchNorm2d(2).double()

@@ -1,5 +1,6 @@
 """Runs that were stopped, by a signal, a kill, a full disk or a bad loss, and gone on with."""
 
+import errno
 import json
 import os
 import resource
@@ -8,17 +9,20 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from test_data import write
+from test_data import FILES, idx, write
 from test_multilevel import assert_same
 
+import sparsebreg.experiments.train as module
 from sparsebreg.errors import RunError
 from sparsebreg.experiments import checkpoint, cli
+from sparsebreg.experiments import data as datasets
 from sparsebreg.experiments.config import Config
 from sparsebreg.experiments.files import locked
-from sparsebreg.experiments.train import PARENT, Run, Stopped, train
+from sparsebreg.experiments.train import PARENT, Run, Stopped, choose_format, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,7 +58,7 @@ def state(folder):
     for row in saved["history"]:
         row.pop("train_seconds")
         row.pop("evaluation_seconds")
-    return {k: v for k, v in saved.items() if k not in ("config", "seconds", "aside", "peak_mb")}
+    return {k: v for k, v in saved.items() if k not in ("config", "seconds", "aside", "data_seconds", "peak_mb")}
 
 
 def result(folder):
@@ -68,8 +72,9 @@ def mnist(tmp_path_factory):
 
 
 def task(kind, mnist):
-    if kind == "mlp":
-        return Config(epochs=2, coarse_steps=4, checkpoint_minutes=60)
+    options = {"mlp": {}, "target": {"target_sparsity": 0.9}, "two_threads": {"threads": 2}}
+    if kind in options:
+        return Config(epochs=2, coarse_steps=4, checkpoint_minutes=60, **options[kind])
     # Augmented batches, weights that are not contiguous, layers that stay dense.
     return Config(data="mnist", data_dir=mnist, model="convnet", epochs=2, batch_size=10, coarse_steps=4, augment=True,
                   memory_format="channels_last")  # fmt: skip
@@ -107,6 +112,12 @@ def whole(tmp_path_factory, mnist):
         *(("convnet", "ml-linbreg", m) for m in ("at_the_freeze", "inside_coarse_steps", "at_the_thaw")),
         ("mlp", "sgd", "three_times"),
         ("mlp", "linbreg", "inside_coarse_steps"),
+        *(("target", "ml-linbreg", m) for m in ("at_the_freeze", "inside_coarse_steps", "at_the_thaw")),
+        *(
+            ("target", m, "three_times")
+            for m in ("linbreg", "adabreg", "proxsgd", "ml-adabreg", "rigl", "set", "prune")
+        ),
+        ("two_threads", "ml-linbreg", "inside_coarse_steps"),
     ],
 )
 def test_stopped_run_is_the_whole_run(kind, method, moment, tmp_path, whole):
@@ -142,20 +153,42 @@ def test_timed_checkpoints_and_seconds(tmp_path, monkeypatch):
     assert facts["checkpoint_seconds"] > 0
 
 
-def test_memory_format_of_a_run_killed_in_its_first_step(tmp_path, monkeypatch):
+def test_memory_format_of_a_run_killed_in_its_first_step(tmp_path, monkeypatch, mnist):
     """It was timed; timed again it might come out another, and other kernels round otherwise."""
+    config = Config(data="mnist", data_dir=mnist, model="convnet", method="sgd", epochs=1, out=str(tmp_path))
     asked = []
+    monkeypatch.setattr(module, "choose_format", lambda config, data: asked.append(config) or "channels_last")
 
-    def kill(*args):
+    def kill(run, x, y):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "warm_up", lambda run, name: (asked.append(name), run.set_format(torch.channels_last)))
+        patch.setattr(module, "warm_up", lambda *args: None)
         patch.setattr(Run, "step", kill)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
-                train(Config(epochs=1, out=str(tmp_path)))
-    assert asked == ["auto", "channels_last"]
+                train(config)
+    assert len(asked) == 1
+    assert train(config)["memory_format"] == "channels_last"
+
+
+def test_memory_format(mnist):
+    config = Config(data="mnist", data_dir=mnist, model="convnet").resolved()
+    data = datasets.load(config.data, config.data_dir, config.validation)
+    assert choose_format(config, data) == "contiguous"  # sparse: not timed, so that it is the same in every run
+    assert choose_format(replace(config, memory_format="channels_last"), data) == "channels_last"
+    sgd = replace(config, method="sgd", lam=None, coarse_steps=None, init_density=None, init_distribution=None)
+    fast = {"contiguous": 0.0, "channels_last": 0.0}
+
+    def step(run, x, y):
+        assert x.is_contiguous(memory_format=run.format)
+        time.sleep(fast[run.memory_format])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "step", step)
+        for name in fast:
+            fast = dict.fromkeys(fast, 0.004) | {name: 0.0}
+            assert choose_format(sgd, data) == name
 
 
 def sparsebreg(*words, env=None):
@@ -238,6 +271,19 @@ def stopped(tmp_path_factory):
     return folders
 
 
+def test_other_files_of_a_data_set_are_refused(tmp_path):
+    """Files of the same name with other images, or a part of them."""
+    config = Config(data="mnist", method="sgd", epochs=3, out=str(tmp_path / "run"))
+    for name, n in (("few", 30), ("more", 50)):
+        (tmp_path / name).mkdir()
+        images, labels = (idx(FILES[f"train-{kind}-ubyte"][:n]) for kind in ("images-idx3", "labels-idx1"))
+        write(tmp_path / name, train_images_idx3=images, train_labels_idx1=labels)
+    with pytest.raises(Stopped):
+        train(replace(config, data_dir=str(tmp_path / "few")), StopAt(1))
+    with pytest.raises(RunError, match=r"data: expected images, classes and shape \[30, .* got \[50, .*--restart"):
+        train(replace(config, data_dir=str(tmp_path / "more")))
+
+
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -304,9 +350,27 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, whole):
     assert_same(state(tmp_path), state(folder))
 
 
-def test_bad_loss_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    import sparsebreg.experiments.train as module
+@pytest.mark.parametrize("name", ["history.csv", "steps.npz", "curves.png", "result.json"])
+def test_full_disk_elsewhere(name, tmp_path, monkeypatch):
+    """The run says which file, and goes on from its checkpoint once there is room."""
+    config = Config(method="sgd", epochs=1, out=str(tmp_path))
+    with monkeypatch.context() as patch:
+        replace_ = Path.replace
 
+        def full(path, target):
+            if path.name == f"{name}.part":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return replace_(path, target)
+
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(RunError, match=rf"{name}: expected room to write it, got .*No space left"):
+            train(config)
+    assert not (tmp_path / "result.json").exists()
+    assert not list(tmp_path.glob("*.part"))
+    assert train(config)["steps"] == 12
+
+
+def test_bad_loss_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     config = Config(method="sgd", epochs=2, out=str(tmp_path))
     step = module.Run.step
 
@@ -326,8 +390,6 @@ def test_bad_loss_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
-    import sparsebreg.experiments.train as module
-
     step = module.Run.step
 
     def broken(run, x, y):

@@ -188,9 +188,90 @@ void compute_unit(const LinearPass<T>& p, const Share& s, int64_t u, int q, T* g
               linear_part(p.ptr, p.dst_features, s.parts, q + 1), group);
 }
 
+// Very small batches would leave most lanes empty: there a sum runs over the nonzeros of a row instead.
+constexpr int NARROW = 4;
+
+template <class T>
+SB_INLINE bool is_narrow(const LinearArgs<T>& a) {
+  return a.N <= NARROW && a.x_layout == Layout::plain && a.y_layout == Layout::plain;
+}
+
+// dst[n][d] = bias[d] + sum over the nonzeros (d, s) of value * src[n][s] for n < B; see LinearPass.
+template <class T, int B, bool ORDERED>
+void narrow_rows(const LinearPass<T>& p, const T* src, int64_t d0, int64_t d1) {
+  constexpr int CHAINS = 4;  // sums that do not wait for each other
+  const auto add = [&](T* sum, int32_t k) {
+    const T v = p.value[ORDERED ? p.order[k] : k];
+    const T* x = src + p.index[k];
+    for (int n = 0; n < B; ++n) sum[n] += v * x[n * p.src_features];
+  };
+  for (int64_t d = d0; d < d1; ++d) {
+    T sums[CHAINS][B] = {};
+    int32_t k = p.ptr[d];
+    const int32_t end = p.ptr[d + 1];
+    for (; k + CHAINS <= end; k += CHAINS)
+      for (int u = 0; u < CHAINS; ++u) add(sums[u], k + u);
+    for (; k < end; ++k) add(sums[0], k);
+    for (int n = 0; n < B; ++n)
+      p.dst[n * p.dst_features + d] =
+          (sums[0][n] + sums[1][n]) + (sums[2][n] + sums[3][n]) + (p.bias ? p.bias[d] : T(0));
+  }
+}
+
+template <class T, bool ORDERED>
+void narrow_rows_any(const LinearPass<T>& p, const T* src, int64_t d0, int64_t d1) {
+  if (p.N == 1) return narrow_rows<T, 1, ORDERED>(p, src, d0, d1);
+  if (p.N == 2) return narrow_rows<T, 2, ORDERED>(p, src, d0, d1);
+  if (p.N == 3) return narrow_rows<T, 3, ORDERED>(p, src, d0, d1);
+  return narrow_rows<T, 4, ORDERED>(p, src, d0, d1);
+}
+
+template <class T>
+void narrow_forward(const LinearArgs<T>& a) {
+  const LinearPass<T> p = linear_pass(a, true);
+  const int parts = linear_parts(a.threads, a.index.rows);
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
+  for (int part = 0; part < parts; ++part)
+    narrow_rows_any<T, false>(p, a.x, linear_part(p.ptr, p.dst_features, parts, part),
+                             linear_part(p.ptr, p.dst_features, parts, part + 1));
+}
+
+template <class T>
+void narrow_backward(const LinearArgs<T>& a) {
+  const Index& ix = a.index;
+  const LinearPass<T> back = linear_pass(a, false);
+  const int parts = linear_parts(a.threads, ix.rows), back_parts = linear_parts(a.threads, ix.cols);
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  {
+    if (a.grad_x) {
+#pragma omp for schedule(static) nowait
+      for (int part = 0; part < back_parts; ++part)
+        narrow_rows_any<T, true>(back, a.grad_y, linear_part(back.ptr, back.dst_features, back_parts, part),
+                                linear_part(back.ptr, back.dst_features, back_parts, part + 1));
+    }
+    const int wanted = a.grad_values || a.grad_bias ? parts : 0;
+#pragma omp for schedule(static)
+    for (int part = 0; part < wanted; ++part) {
+      const int64_t r1 = linear_part(ix.rowptr, ix.rows, parts, part + 1);
+      for (int64_t r = linear_part(ix.rowptr, ix.rows, parts, part); r < r1; ++r) {
+        T sum = 0;
+        for (int64_t n = 0; n < a.N; ++n) sum += a.grad_y[n * ix.rows + r];
+        if (a.grad_bias) a.grad_bias[r] = sum;
+        if (!a.grad_values) continue;
+        for (int32_t k = ix.rowptr[r]; k < ix.rowptr[r + 1]; ++k) {
+          T g = 0;
+          for (int64_t n = 0; n < a.N; ++n) g += a.grad_y[n * ix.rows + r] * a.x[n * ix.cols + ix.col[k]];
+          a.grad_values[k] = g;
+        }
+      }
+    }
+  }
+}
+
 template <class T>
 void linear_forward(const LinearArgs<T>& a) {
   if (a.N == 0) return;
+  if (is_narrow(a)) return narrow_forward(a);
   LinearPass<T> p = linear_pass(a, true);
   const Index& ix = a.index;
   const Share s = share_out(a.N, p.TL, a.threads, ix.rows);
@@ -227,6 +308,7 @@ void linear_backward(const LinearArgs<T>& a) {
       for (int64_t r = 0; r < ix.rows; ++r) a.grad_bias[r] = T(0);
     return;
   }
+  if (is_narrow(a)) return narrow_backward(a);
   LinearPass<T> back = linear_pass(a, false);
   const int TL = back.TL;
   const Share s = share_out(a.N, TL, a.threads, ix.cols);

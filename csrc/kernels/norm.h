@@ -165,8 +165,9 @@ struct PassedGrad {
   SB_INLINE V<T> operator()(int64_t i) const {
     V<T> g = load(grad + i);
     if (MORE) g += load(more + i);
-    if (GATE == Gate::result) return load(result + i) > zero<T>() ? g : zero<T>();
-    if (GATE == Gate::input) return normed<T>(load(x + i), scale, shift) > zero<T>() ? g : zero<T>();
+    // The gradient at NaN passes, as torch has it.
+    if (GATE == Gate::result) return load(result + i) <= zero<T>() ? zero<T>() : g;
+    if (GATE == Gate::input) return normed<T>(load(x + i), scale, shift) <= zero<T>() ? zero<T>() : g;
     return g;
   }
 };

@@ -32,10 +32,11 @@ def _source(x: torch.Tensor | None, layout: Layout):
 
     The convolution applies it to what it copies anyway, so that the norm's result need not exist at all.
     """
-    normed = lanes.waiting_norm(x)
-    if normed is None:
+    waiting = lanes.waiting_norm(x)
+    if waiting is None:
         return _array(x, layout), None
-    return normed.sources[0].get_packed().numpy(), (normed.scale.numpy(), normed.shift.numpy(), normed.relu)
+    norm, packed = waiting
+    return packed.numpy(), (norm.scale.numpy(), norm.shift.numpy(), norm.relu)
 
 
 def _result(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout) -> torch.Tensor:

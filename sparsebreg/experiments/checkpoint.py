@@ -30,7 +30,7 @@ def save(folder: Path, config: Config, state: dict[str, Any]) -> None:
     try:
         with atomic(folder / NAME) as file:
             torch.save({"facts": facts(), "config": asdict(config), **state}, file)
-    except (OSError, RuntimeError) as error:  # torch turns some of the former into the latter
+    except RuntimeError as error:  # torch turns some of the system's errors into those; RunError is one, too
         raise RunError(
             expected(str(folder / NAME), "room to write it", f"{error} (an older checkpoint was kept)")
         ) from error

@@ -53,6 +53,7 @@ class Config:
     weight_decay: float = 0.0
     lam: float | None = None
     target_sparsity: float | None = None
+    per_layer: bool | None = None
     coarse_steps: int | None = None
     init_density: float | None = None
     init_distribution: str | None = None
@@ -82,8 +83,9 @@ class Config:
         defaults |= method.options(self.model, self.target_sparsity)
         defaults |= {k: v for k, v in FOR_DATA.get(self.data, {}).items() if k in method.defaults or k not in special()}
         c = Config(**{**defaults, **given})
-        if not isinstance(c.augment, bool):
-            raise TypeError(expected("augment", "true or false", repr(c.augment)))
+        for name in ("augment", "per_layer"):
+            if not isinstance(getattr(c, name), (bool, type(None))):
+                raise TypeError(expected(name, "true or false", repr(getattr(c, name))))
         for name in ("out", "data_dir"):
             if not isinstance(getattr(c, name), (str, type(None))):
                 raise TypeError(expected(name, "a path", repr(getattr(c, name))))

@@ -15,7 +15,10 @@ from sparsebreg.errors import RunError, expected
 
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of ``path`` once it is written and synced; until then the old one stays."""
+    """A binary file that takes the place of ``path`` once it is written and synced; until then the old one stays.
+
+    Raises RunError where there is no room, or no right, to write it.
+    """
     temporary = path.with_name(f"{path.name}.part")
     try:
         with open(temporary, "wb") as file:
@@ -23,8 +26,10 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise RunError(expected(str(path), "room to write it", error)) from error
         raise
     if os.name == "posix":  # the rename itself
         folder = os.open(path.parent, os.O_RDONLY)
@@ -35,7 +40,7 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """``path.write_text``, atomically."""
+    """``path.write_text``, atomically. Raises RunError."""
     with atomic(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 

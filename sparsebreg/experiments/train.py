@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import io
 import json
@@ -34,6 +33,7 @@ from sparsebreg.experiments import data as datasets
 from sparsebreg.experiments.config import SCHEDULES, Config
 from sparsebreg.experiments.files import atomic, locked, prepare_folder, write
 from sparsebreg.experiments.methods import METHODS
+from sparsebreg.experiments.timing import interleave
 from sparsebreg.models import MODELS
 
 #: Phases by their number in steps.npz.
@@ -83,18 +83,20 @@ class _Signals:
 class Run:
     """Model, optimizer, cycle and data of one configuration, and how far the run has come."""
 
-    def __init__(self, config: Config, data: datasets.Dataset) -> None:
-        self.config, self.data = config, data
+    def __init__(self, config: Config, data: datasets.Dataset, memory_format: str = "contiguous") -> None:
+        self.config, self.data, self.memory_format = config, data, memory_format
         torch.manual_seed(config.seed)
+        self.format = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
         self.model: nn.Module = MODELS[config.model](data.shape, classes=data.classes)
-        self.format = torch.contiguous_format
+        if self.format is torch.channels_last:
+            self.model.to(memory_format=self.format)
         self.batches = datasets.Batches(data, config.batch_size, config.seed, bool(config.augment))
         self.steps = config.epochs * len(self.batches)
         self.optimizer, self.cycle = METHODS[config.method].build(self.model, config, self.steps)
         self.lam: Any = None
         if config.target_sparsity is not None and METHODS[config.method].bregman:
             steps = self.cycle if isinstance(self.cycle, sb.Multilevel) else self.optimizer
-            self.lam = sb.LambdaScheduler(steps, target_sparsity=config.target_sparsity)
+            self.lam = sb.LambdaScheduler(steps, config.target_sparsity, per_layer=bool(config.per_layer))
         self.schedule = self._schedule(self.optimizer)
         self.layer_flops = flops.per_layer(self.model, (1, *data.shape))
         self.step_flops = flops.step_flops(self.layer_flops, self.model)
@@ -107,67 +109,27 @@ class Run:
         self.losses: list[float] = []
         #: Seconds outside of training steps.
         self.aside = {"evaluation": 0.0, "checkpoint": 0.0}
+        #: Seconds inside of training steps that went into taking batches and augmentation.
+        self.data_seconds = 0.0
         self.peak_mb = 0.0
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         factor = SCHEDULES[self.config.schedule]
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / self.steps))
 
-    def twin(self) -> Run:
-        """A copy that can be trained without changing this run."""
-        copied = copy.copy(self)
-        copied.model, copied.optimizer, copied.cycle, copied.lam = copy.deepcopy(
-            (self.model, self.optimizer, self.cycle, self.lam)
-        )
-        copied.schedule = self._schedule(copied.optimizer)
-        return copied
-
-    def warm_up(self, memory_format: str) -> None:
-        """Steps of a copy, so that no run pays for first-call costs (Numba compiles, torch picks kernels).
-
-        Models with convolutions also get the memory format in which their steps were faster, for an honest baseline,
-        where it is "auto".
-        """
-        formats = [torch.contiguous_format, torch.channels_last]
-        if memory_format != "auto":
-            formats = [torch.channels_last if memory_format == "channels_last" else torch.contiguous_format]
-        elif not any(isinstance(m, nn.Conv2d) for m in self.model.modules()):
-            formats = formats[:1]
-        first = self.data.train.take(torch.arange(min(self.config.batch_size, len(self.data.train))))
-        state = torch.get_rng_state()
-        seconds = {}
-        for memory_format_ in formats:
-            copied = self.twin()
-            copied.set_format(memory_format_)
-            times = []
-            for _ in range(7):
-                begin = time.perf_counter()
-                copied.step(self.data.standardise(first.images), first.labels)
-                times.append(time.perf_counter() - begin)
-            seconds[memory_format_] = statistics.median(times[2:])
-        self.set_format(min(seconds, key=seconds.get))  # type: ignore[arg-type]
-        torch.set_rng_state(state)
-
-    def set_format(self, memory_format: torch.memory_format) -> None:
-        self.format = memory_format
-        if memory_format is torch.channels_last:
-            self.model.to(memory_format=memory_format)
-
-    @property
-    def format_name(self) -> str:
-        return "channels_last" if self.format is torch.channels_last else "contiguous"
-
     def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
         """One training step; returns the loss."""
         x = x.contiguous(memory_format=self.format)
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.model(x), y)
-        loss.backward()
-        self.cycle.step()
-        if self.lam is not None:
-            self.lam.step()
-        self.schedule.step()
-        return loss.item()
+        value = loss.item()
+        if math.isfinite(value):  # else the weights stay what they were
+            loss.backward()
+            self.cycle.step()
+            if self.lam is not None:
+                self.lam.step()
+            self.schedule.step()
+        return value
 
     def record(self, phase: str, seconds: float, loss: float, samples: int) -> None:
         """Notes a step that was taken in ``phase``."""
@@ -187,7 +149,8 @@ class Run:
         """Percentage of correct answers."""
         self.model.eval()
         right = 0
-        for images, labels in zip(split.images.split(1000), split.labels.split(1000), strict=True):
+        size = self.config.batch_size  # larger ones would need more memory than training does
+        for images, labels in zip(split.images.split(size), split.labels.split(size), strict=True):
             x = self.data.standardise(images).contiguous(memory_format=self.format)
             right += int((self.model(x).argmax(1) == labels).sum())
         self.model.train()
@@ -235,7 +198,8 @@ class Run:
             "schedule": self.schedule.state_dict(),
             "batches": self.batches.state_dict(),
             "rng": torch.get_rng_state(),
-            "memory_format": self.format_name,
+            "memory_format": self.memory_format,
+            "data": data_facts(self.data),
             "epoch": self.epoch,
             "history": self.history,
             "phases": torch.tensor(self.phases, dtype=torch.uint8),
@@ -244,11 +208,12 @@ class Run:
             "loss_sum": self.loss_sum,
             "flops": (self.flops_done, self.flops_sgd, self.step_flops.dense, self.step_flops.sparse),
             "aside": self.aside,
+            "data_seconds": self.data_seconds,
             "peak_mb": max(self.peak_mb, peak_rss_mb()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Of a run that has taken no step; its memory format is set already."""
+        """Of a run that has taken no step, in the same memory format."""
         self.cycle.load_state_dict(state["cycle"])  # first: it brings the layers into their phase
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -256,7 +221,7 @@ class Run:
             self.lam.load_state_dict(state["lam"])
         self.schedule.load_state_dict(state["schedule"])
         self.batches.load_state_dict(state["batches"])
-        for name in ("epoch", "history", "loss_sum", "aside", "peak_mb"):
+        for name in ("epoch", "history", "loss_sum", "aside", "data_seconds", "peak_mb"):
             setattr(self, name, state[name])
         for name in ("phases", "seconds", "losses"):
             setattr(self, name, state[name].tolist())
@@ -274,6 +239,38 @@ class Run:
                 )
         checkpoint.save(folder, self.config, self.state_dict())
         self.aside["checkpoint"] += time.perf_counter() - begin
+
+
+def choose_format(config: Config, data: datasets.Dataset) -> str:
+    """The memory format of a run.
+
+    Where it is "auto", the faster one for methods that train dense weights, for an honest baseline: their steps are
+    timed in both, in turns. Sparse convolutions compute in a layout of their own; what is left gains nothing.
+    """
+    if config.memory_format != "auto":
+        return config.memory_format
+    runs = [Run(config, data, name) for name in ("contiguous", "channels_last")]
+    if not METHODS[config.method].dense or not any(isinstance(m, nn.Conv2d) for m in runs[0].model.modules()):
+        return "contiguous"
+    first = data.train.take(torch.arange(min(config.batch_size, len(data.train))))
+    x = data.standardise(first.images)
+    contiguous, channels_last = np.median(
+        interleave([lambda run=run: run.step(x, first.labels) for run in runs], budget=2.0), axis=0
+    )
+    return "channels_last" if channels_last < contiguous else "contiguous"
+
+
+def warm_up(config: Config, data: datasets.Dataset, memory_format: str) -> None:
+    """Steps that nobody counts: no run pays for first-call costs (Numba compiles, torch picks kernels)."""
+    run = Run(config, data, memory_format)
+    first = data.train.take(torch.arange(min(config.batch_size, len(data.train))))
+    for _ in range(3):
+        run.step(data.standardise(first.images), first.labels)
+
+
+def data_facts(data: datasets.Dataset) -> list[int]:
+    """Sizes of a data set that a run must have in common with the one it goes on with."""
+    return [len(data.train), len(data.test), data.classes, *data.shape]
 
 
 def cpu_name() -> str:
@@ -319,7 +316,7 @@ def train(config: Config, progress: Callable[..., Any] | None = None, restart: b
     if not restart and (result := checkpoint.finished(config)) is not None:
         return result
     data = datasets.load(config.data, config.data_dir, config.validation)
-    run = Run(config, data)
+    Run(config, data)  # refuses what cannot be trained
     folder = prepare_folder(config.out)
     # The run of a comparison that was killed needs a moment to notice.
     with locked(folder, 60 if PARENT in os.environ else 0):
@@ -327,7 +324,12 @@ def train(config: Config, progress: Callable[..., Any] | None = None, restart: b
             for name in ("result.json", checkpoint.NAME):
                 (folder / name).unlink(missing_ok=True)
         saved = checkpoint.load(folder, config)
-        run.warm_up(saved["memory_format"] if saved else config.memory_format)
+        if saved and saved["data"] != data_facts(data):
+            found = f"{data_facts(data)} (see --restart)"
+            raise RunError(expected("data", f"images, classes and shape {saved['data']}, as in that run", found))
+        memory_format = saved["memory_format"] if saved else choose_format(config, data)
+        warm_up(config, data, memory_format)
+        run = Run(config, data, memory_format)
         if saved:
             run.load_state_dict(saved)
         else:
@@ -353,12 +355,13 @@ def _loop(run: Run, folder: Path, progress: Callable[..., Any] | None) -> None:
                 batch = next(batches, None)
                 if batch is None:
                     break
+                run.data_seconds += time.perf_counter() - begin
                 loss = run.step(*batch)
                 run.record(phase, time.perf_counter() - begin, loss, len(batch[1]))
                 if not math.isfinite(loss):
                     where = f"{loss} in epoch {run.epoch + 1}, step {len(run.seconds)}, a {phase} one"
-                    kept = f"; {folder / checkpoint.NAME} is of before" if (folder / checkpoint.NAME).exists() else ""
-                    raise RunError(expected("loss", "a finite number", f"{where} (a smaller lr may help{kept})"))
+                    kept = f"{folder / checkpoint.NAME} is of before"
+                    raise RunError(expected("loss", "a finite number", f"{where} (a smaller lr may help; {kept})"))
                 if bar is not None:
                     bar.update()
                 if number := signals.stop():
@@ -369,8 +372,8 @@ def _loop(run: Run, folder: Path, progress: Callable[..., Any] | None) -> None:
                     run.save(folder)
                     saved_at = time.perf_counter()
             run.end_epoch()
-            _write_history(run, folder)
             run.save(folder)
+            _write_history(run, folder)
             saved_at = time.perf_counter()
             if bar is not None:
                 last = run.history[-1]
@@ -411,6 +414,7 @@ def _write(run: Run, folder: Path) -> dict[str, Any]:
         "train_seconds": last["train_seconds"],
         "fine_seconds": float(seconds[~coarse].sum()),
         "coarse_seconds": float(seconds[coarse].sum()),
+        "data_seconds": run.data_seconds,
         "evaluation_seconds": run.aside["evaluation"],
         "checkpoint_seconds": run.aside["checkpoint"],
         "seconds_per_coarse_step": float(np.median(seconds[coarse])) if coarse.any() else None,
@@ -422,7 +426,7 @@ def _write(run: Run, folder: Path) -> dict[str, Any]:
         "isa": facts.isa,
         "threads": facts.threads,
         "peak_rss_mb": max(run.peak_mb, peak_rss_mb()),
-        "memory_format": run.format_name,
+        "memory_format": run.memory_format,
         "command": shlex.join(["sparsebreg", "train", *config.arguments()]),
         "config": asdict(config),
         "facts": checkpoint.facts(),

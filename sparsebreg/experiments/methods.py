@@ -125,6 +125,7 @@ _PROXSGD = _bregman(sb.ProxSGD, "momentum")
 _SPARSE = {"init_density": 0.02, "init_distribution": "uniform", "target_sparsity": None}
 _SGD = {"lr": 0.05, "momentum": 0.9}
 _DYNAMIC = {**_SGD, "target_sparsity": 0.95}
+_NORMED = {"lr": 1.0, "lam": 0.025, "coarse_steps": 49}
 
 METHODS: dict[str, Method] = {
     "sgd": Method(_sgd, _SGD),
@@ -139,8 +140,8 @@ METHODS: dict[str, Method] = {
         # Convolutions see larger gradients, so the same step is larger for them.
         for_model={
             "convnet": {"lr": 1.5, "lam": 0.18, "coarse_steps": 9, "init_density": 0.08},
-            # Batch norm makes gradients larger the smaller the weights are.
-            "resnet18": {"lr": 1.0, "lam": 0.025, "coarse_steps": 49},
+            # Batch norm makes gradients larger the smaller the weights are. Chosen on ResNet-18.
+            **dict.fromkeys(("resnet18", "vgg16", "wide_resnet28_10"), _NORMED),
         },
         bregman=True,
     ),

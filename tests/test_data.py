@@ -433,7 +433,7 @@ def test_search_goes_past_folders_without_the_files(tmp_path, tiny, monkeypatch)
     }
     with pytest.raises(DataError, match="expected a file t10k-labels-idx1-ubyte or .* in .*part, got none"):
         data.load("fashion-mnist")
-    monkeypatch.setattr(data, "SEARCH", dict.fromkeys(search, [str(p) for p in before]))
+    monkeypatch.setattr(data, "SEARCH", {name: [str(p) for p in before] for name in search})
     for name in search:
         with pytest.raises(DataError, match="data_dir: expected a folder with .* none given.*nowhere or .*empty"):
             data.load(name)

@@ -1,4 +1,4 @@
-"""The paper's models on tiny files in the published formats, from the files to the report; what the README says of it."""
+"""The paper's models on tiny files in the published formats, from the files to the report; the README about it."""
 
 import csv
 import math

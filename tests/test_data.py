@@ -1,10 +1,14 @@
 """Data sets: files as published, everything that can be wrong with them, and batches of them."""
 
+import errno
 import gzip
+import hashlib
 import io
 import pickle
 import struct
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +88,58 @@ def test_damaged_files(tmp_path, changes, message):
         data.load("mnist", write(tmp_path, **changes))
 
 
+@pytest.fixture
+def published(monkeypatch):
+    """The files of this test are the published ones of MNIST."""
+    known = {name.removesuffix("-ubyte"): idx(array) for name, array in FILES.items()}
+    known = {
+        stem: (len(raw), {"mnist": hashlib.md5(raw).hexdigest(), "fashion-mnist": "f" * 32})
+        for stem, raw in known.items()
+    }
+    monkeypatch.setattr(formats, "IDX_MD5", known)
+    return known
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_checksums_of_idx_files(tmp_path, published, zipped, monkeypatch):
+    plain, hashed = hashlib.md5, []
+    monkeypatch.setattr(hashlib, "md5", lambda raw, **k: hashed.append(len(raw)) or plain(raw, **k))
+    data.load("mnist", write(tmp_path, zipped))
+    assert hashed == [published[stem][0] for stem in published]  # each once
+    wanted = "train-images-idx3-ubyte.*: expected the published file of fashion-mnist .md5 f{32}., got that of mnist"
+    with pytest.raises(DataError, match=wanted):
+        data.load("fashion-mnist", tmp_path)
+
+
+@pytest.mark.parametrize("stem", [name.removesuffix("-ubyte") for name in FILES])
+def test_changed_idx_files(tmp_path, published, stem):
+    raw = idx(FILES[f"{stem}-ubyte"])
+    changed = raw[:-1] + bytes([raw[-1] ^ 1])  # a label stays one
+    wanted = f"{stem}-ubyte: expected the published file of mnist .md5 {published[stem][1]['mnist']}., got md5 "
+    with pytest.raises(DataError, match=wanted):
+        data.load("mnist", write(tmp_path, **{stem.replace("-", "_"): changed}))
+
+
+def test_excerpts_of_idx_files(tmp_path, published):
+    changes = {
+        f"{split}_{part}": idx(FILES[f"{split}-{part.replace('_', '-')}-ubyte"][:10])
+        for split in ("train", "t10k")
+        for part in ("images_idx3", "labels_idx1")
+    }
+    assert len(data.load("fashion-mnist", write(tmp_path, **changes)).train) == 10
+
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
+def test_published_fashion_mnist():
+    d = data.load("fashion-mnist", FASHION)
+    assert (len(d.train), len(d.test)) == (60000, 10000)
+    with pytest.raises(DataError, match="expected the published file of mnist .*, got that of fashion-mnist"):
+        data.load("mnist", FASHION)
+
+
 def test_missing_folder_and_unknown_name(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SEARCH", {"mnist": (), "fashion-mnist": ()})
     with pytest.raises(DataError, match="data_dir: expected a folder, got"):
@@ -105,16 +161,28 @@ CIFAR = cifar_batches()
 
 def old_pickle(images, labels):
     """A batch as Python 2 with its numpy wrote it: protocol 2, old module names, byte strings."""
-    raw = pickle.dumps({b"data": images, b"labels": labels.tolist(), b"batch_label": b"x"}, protocol=2)
-    return raw.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    batch = {
+        b"batch_label": b"training batch 1 of 5",
+        b"labels": labels.tolist(),
+        b"data": images,
+        b"filenames": [b"x.png"] * len(labels),
+    }
+    return pickle.dumps(batch, protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
 
 
 def cifar_files(binary):
+    """The files in the folder of CIFAR-10, among them those that no one reads."""
+    names = [f"class {i}" for i in range(10)]
+    if binary:
+        yield "batches.meta.txt", "\n".join([*names, ""]).encode()
+    else:
+        yield "batches.meta", pickle.dumps({b"num_cases_per_batch": 6, b"label_names": names}, protocol=2)
     for name, (images, labels) in CIFAR.items():
         if binary:
             yield f"{name}.bin", np.hstack([labels[:, None].astype(np.uint8), images]).tobytes()
         else:
             yield name, old_pickle(images, labels)
+    yield "readme.html", b"<html></html>"
 
 
 def write_cifar(root, how, binary, **changes):
@@ -203,23 +271,32 @@ def test_damaged_cifar10_archives(tmp_path, monkeypatch):
 WNIDS = ["n02", "n01", "n03"]
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    """Tiny ImageNet with three classes of two images, one of them grey, and four validation images."""
-    root = tmp_path / "tiny-imagenet-200"
-    (root / "val" / "images").mkdir(parents=True)
+def write_tiny(root, size=8, each=2):
+    """Tiny ImageNet as published, of three classes with every second image grey, and four validation images."""
+    root = root / "tiny-imagenet-200"
+    for split in ("val", "test"):
+        (root / split / "images").mkdir(parents=True)
     (root / "wnids.txt").write_text("\n".join(WNIDS) + "\n")
+    (root / "words.txt").write_text("".join(f"{wnid}\ta word, another\n" for wnid in ["n00", *WNIDS]))
+    Image.new("RGB", (size, size)).save(root / "test" / "images" / "test_0.JPEG")
     for i, wnid in enumerate(WNIDS):
-        (root / "train" / wnid / "images").mkdir(parents=True)
-        for k in range(2):
-            image = Image.new("L", (8, 8), 40 * i) if k else Image.new("RGB", (8, 8), (40 * i, 200, 90))
-            image.save(root / "train" / wnid / "images" / f"{wnid}_{k}.JPEG", quality=95)
+        folder = root / "train" / wnid
+        (folder / "images").mkdir(parents=True)
+        (folder / f"{wnid}_boxes.txt").write_text("".join(f"{wnid}_{k}.JPEG\t0\t0\t7\t7\n" for k in range(each)))
+        for k in range(each):
+            image = Image.new("L", (size, size), 40 * i) if k % 2 else Image.new("RGB", (size, size), (40 * i, 200, 90))
+            image.save(folder / "images" / f"{wnid}_{k}.JPEG", quality=95)
     rows = []
     for i, wnid in enumerate(["n03", "n01", "n01", "n02"]):
-        Image.new("RGB", (8, 8), (9 * i, 9, 9)).save(root / "val" / "images" / f"val_{i}.JPEG")
+        Image.new("RGB", (size, size), (9 * i, 9, 9)).save(root / "val" / "images" / f"val_{i}.JPEG")
         rows.append(f"val_{i}.JPEG\t{wnid}\t0\t32\t44\t62\n")
     (root / "val" / "val_annotations.txt").write_text("".join(rows))
     return root
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return write_tiny(tmp_path)
 
 
 @pytest.mark.parametrize("above", [False, True])
@@ -248,6 +325,24 @@ def test_cache_of_tiny_imagenet_follows_the_files(tiny):
     assert cache.stat().st_size > 300
 
 
+def test_cache_of_tiny_imagenet_is_written_whole_or_not_at_all(tiny, monkeypatch):
+    path, before = tiny / "sparsebreg-cache.npz", sorted(tiny.iterdir())
+    with ThreadPoolExecutor(4) as pool:  # as processes do that begin at once
+        list(pool.map(lambda i: formats._save_cache(path, x=np.full(100_000, i)), range(12)))
+    with np.load(path) as saved:
+        assert len(set(saved["x"].tolist())) == 1
+    path.unlink()
+    assert sorted(tiny.iterdir()) == before
+
+    def full(file, **arrays):
+        file.write(b"a part")
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert len(data.load("tiny-imagenet", tiny).train) == 6
+    assert sorted(tiny.iterdir()) == before
+
+
 def test_damaged_tiny_imagenet(tiny):
     def fails(message):
         with pytest.raises(DataError, match=message):
@@ -264,17 +359,84 @@ def test_damaged_tiny_imagenet(tiny):
     image.unlink()
     fails("n01/images: expected 2 images, as the first class has, got 1")
     image.write_bytes(jpeg)
-    val.write_text(lines + "val_9.JPEG\tn02\t0\n")
-    fails("val_9.JPEG: expected a readable JPEG image")
+    image.parent.rename(image.parent.with_name("pictures"))
+    fails("n01/images: expected a folder of Tiny ImageNet, got .*No such file")
+    image.parent.with_name("pictures").rename(image.parent)
     val.write_text(lines + "val_3.JPEG\tn77\n")
-    fails("expected lines of a file name and a class of wnids.txt, got 'val_3.JPEG")
+    fails("expected lines of a file name and a class of wnids.txt, got 'val_3.JPEG.*n77'")
+    val.write_text(lines + "\n")  # an empty line is none
+    assert len(data.load("tiny-imagenet", tiny).test) == 4
+    val.write_text("")
+    fails("val_annotations.txt: expected a line for every image, got none")
     val.unlink()
     fails("val_annotations.txt: expected a text file of Tiny ImageNet")
     val.write_text(lines)
-    (tiny / "train" / "n03").rename(tiny / "train" / "n04")
-    fails("n03/images: expected a folder of images of this class")
+    (tiny / "wnids.txt").write_text("")
+    fails("wnids.txt: expected class names, one a line, got none")
     (tiny / "wnids.txt").unlink()
     fails("data_dir: expected the unpacked tiny-imagenet-200 with wnids.txt")
+
+
+def test_lists_of_tiny_imagenet_name_what_is_there(tiny):
+    def fails(message):
+        with pytest.raises(DataError, match=message):
+            data.load("tiny-imagenet", tiny)
+
+    val, wnids = tiny / "val" / "val_annotations.txt", tiny / "wnids.txt"
+    lines = val.read_text()
+    names = "val_annotations.txt: expected the names in .*val/images, each once, got "
+    val.write_text(lines + "val_9.JPEG\tn02\t0\n")
+    fails(names + "'val_9.JPEG', which is not there")
+    val.write_text(lines + "../images/val_1.JPEG\tn01\t0\n")
+    fails(names + "'../images/val_1.JPEG', which is not there")
+    val.write_text(lines + "val_3.JPEG\tn01\t0\n")
+    fails(names + "'val_3.JPEG' more than once")
+    val.write_text("".join(line for line in lines.splitlines(True) if "val_2" not in line))
+    fails(names + "no line for 'val_2.JPEG'")
+    (tiny / "val" / "images" / "val_2.JPEG").unlink()
+    (tiny / "val" / "images" / "._val_1.JPEG").write_bytes(b"")  # hidden: no image
+    assert len(data.load("tiny-imagenet", tiny).test) == 3
+    names = "wnids.txt: expected the names in .*train, each once, got "
+    for classes, message in (
+        (["n02", "n01"], "no line for 'n03'"),
+        (["n02", "n01", "n03", "n04"], "'n04', which is not there"),
+        (["n02", "n01", "n03", "n02"], "'n02' more than once"),
+    ):
+        wnids.write_text("\n".join(classes))
+        fails(names + message)
+    wnids.write_text("\n".join(WNIDS))
+    (tiny / "train" / "n03").rename(tiny / "train" / "n04")
+    fails(names + "'n03', which is not there")
+
+
+def test_search_goes_past_folders_without_the_files(tmp_path, tiny, monkeypatch):
+    places = {}
+    for name in ("nowhere", "empty", "mnist", "part", "cifar"):
+        places[name] = tmp_path / name
+        if name != "nowhere":
+            places[name].mkdir()
+    write(places["mnist"])
+    write(places["part"], t10k_labels_idx1=None)
+    write_cifar(places["cifar"], "archive", True)
+    before = (places["nowhere"], places["empty"])
+    search = {
+        "mnist": (*before, places["mnist"]),
+        "fashion-mnist": (*before, places["part"], places["mnist"]),
+        "cifar10": (*before, places["cifar"]),
+        "tiny-imagenet": (*before, tiny.parent),
+    }
+    monkeypatch.setattr(data, "SEARCH", search)
+    assert {name: len(data.load(name).train) for name in ("mnist", "cifar10", "tiny-imagenet")} == {
+        "mnist": 50,
+        "cifar10": 30,
+        "tiny-imagenet": 6,
+    }
+    with pytest.raises(DataError, match="expected a file t10k-labels-idx1-ubyte or .* in .*part, got none"):
+        data.load("fashion-mnist")
+    monkeypatch.setattr(data, "SEARCH", {name: [str(p) for p in before] for name in search})
+    for name in search:
+        with pytest.raises(DataError, match="data_dir: expected a folder with .* none given.*nowhere or .*empty"):
+            data.load(name)
 
 
 def test_synthetic_is_the_same_every_time():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +77,26 @@ def _statistics(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.from_numpy(v).float().view(-1, 1, 1) for v in (mean, std))  # type: ignore[return-value]
 
 
-def _published(reader: Callable[[Path], tuple[Arrays, Arrays, int]], name: str, files: str) -> Callable[..., Any]:
+#: Reads the files at a path: (training, test, number of classes).
+Reader = Callable[[Path], tuple[Arrays, Arrays, int]]
+
+
+def _published(name: str, reader: Reader, find: Callable[[Path], Path | None], files: str) -> Callable[..., Any]:
+    """A reader that also takes None: the first place in ``SEARCH`` where ``find`` finds something."""
+
     def read(path: Path | None) -> tuple[Arrays, Arrays, int]:
-        if path is not None:
-            return reader(path)
-        found = [Path(p) for p in SEARCH[name] if Path(p).is_dir()]
-        if not found:
-            raise DataError(expected("data_dir", f"a folder with {files}", "none given"))
-        return reader(found[0])
+        path = path or next((Path(p) for p in SEARCH[name] if find(Path(p))), None)
+        if path is None:
+            nowhere = f"none given, and no such files in {' or '.join(SEARCH[name])}"
+            raise DataError(expected("data_dir", f"a folder with {files}", nowhere))
+        return reader(path)
 
     return read
+
+
+def _idx(name: str) -> Callable[..., Any]:
+    reader = partial(formats.idx_dataset, name=name)
+    return _published(name, reader, formats.find_idx, f"the IDX files of {name}")
 
 
 def _digits(path: Path | None) -> tuple[Arrays, Arrays, int]:
@@ -115,10 +126,12 @@ def _synthetic(path: Path | None) -> tuple[Arrays, Arrays, int]:
 
 DATASETS: dict[str, Callable[[Path | None], tuple[Arrays, Arrays, int]]] = {
     "digits": _digits,
-    "fashion-mnist": _published(formats.idx_dataset, "fashion-mnist", "the IDX files of fashion-mnist"),
-    "mnist": _published(formats.idx_dataset, "mnist", "the IDX files of mnist"),
-    "cifar10": _published(formats.cifar10, "cifar10", "cifar-10-python.tar.gz"),
-    "tiny-imagenet": _published(formats.tiny_imagenet, "tiny-imagenet", "the unpacked tiny-imagenet-200"),
+    "fashion-mnist": _idx("fashion-mnist"),
+    "mnist": _idx("mnist"),
+    "cifar10": _published("cifar10", formats.cifar10, formats.find_cifar10, "cifar-10-python.tar.gz"),
+    "tiny-imagenet": _published(
+        "tiny-imagenet", formats.tiny_imagenet, formats.find_tiny_imagenet, "the unpacked tiny-imagenet-200"
+    ),
     "synthetic": _synthetic,
 }
 
@@ -128,7 +141,7 @@ def load(name: str, data_dir: str | Path | None = None, validation: float = 0.0)
 
     Args:
         name: one of ``DATASETS``.
-        data_dir: the folder with its files (cifar10: or the archive); default: the places in ``SEARCH``.
+        data_dir: the folder with its files (cifar10: or the archive); default: the first of ``SEARCH`` that has them.
         validation: fraction of the training images set aside for validation, in [0, 1); the same ones in every run.
 
     Raises:

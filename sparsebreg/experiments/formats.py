@@ -13,8 +13,10 @@ import os
 import pickle
 import struct
 import tarfile
+import tempfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +28,26 @@ from sparsebreg.errors import DataError, expected
 from sparsebreg.experiments.files import atomic
 
 Arrays = tuple[np.ndarray, np.ndarray]
+
+#: Size of each file, unzipped, and its MD5 in each data set: compared at that size alone, since excerpts load too.
+IDX_MD5 = {
+    "train-images-idx3": (
+        47_040_016,
+        {"mnist": "6bbc9ace898e44ae57da46a324031adb", "fashion-mnist": "f4a8712d7a061bf5bd6d2ca38dc4d50a"},
+    ),
+    "train-labels-idx1": (
+        60_008,
+        {"mnist": "a25bea736e30d166cdddb491f175f624", "fashion-mnist": "9018921c3c673c538a1fc5bad174d6f9"},
+    ),
+    "t10k-images-idx3": (
+        7_840_016,
+        {"mnist": "2646ac647ad5339dbf082846283269ea", "fashion-mnist": "8181f5470baa50b63fa0f6fddb340f0a"},
+    ),
+    "t10k-labels-idx1": (
+        10_008,
+        {"mnist": "27ae3e4e09519cfbb04c329615203637", "fashion-mnist": "15d484375f8d13e6eb1aabb0c3f46965"},
+    ),
+}
 
 CIFAR10_MD5 = {
     "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
@@ -40,6 +62,8 @@ CIFAR10_MD5 = {
 CIFAR10_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 #: Checksums are compared for files of about the published size: excerpts of a data set load too.
 CHECKED_BYTES = {True: 100_000_000, False: 30_000_000}  # archive, one batch
+
+JPEG = (".jpeg", ".jpg")
 
 
 def _read(path: Path, wanted: str) -> bytes:
@@ -56,18 +80,20 @@ def _check_labels(name: str, images: np.ndarray, labels: np.ndarray, classes: in
         raise DataError(expected(name, f"labels from 0 to {classes - 1}", wrong[0]))
 
 
-def read_idx(path: Path, dims: int) -> np.ndarray:
-    """The array of unsigned bytes in an IDX file, gzipped or not.
-
-    Raises:
-        DataError: for a file that is missing, damaged, truncated, too long, or not IDX of ``dims`` dimensions.
-    """
+def _unzipped(path: Path) -> bytes:
     raw = _read(path, "a readable IDX file")
     try:
-        if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
+        return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(expected(str(path), "a readable IDX file", error)) from error
+
+
+def read_idx(path: Path, raw: bytes, dims: int) -> np.ndarray:
+    """The array of unsigned bytes in the content of an IDX file.
+
+    Raises:
+        DataError: for content that is damaged, truncated, too long, or not IDX of ``dims`` dimensions.
+    """
     if len(raw) < 4 or raw[0] or raw[1]:
         raise DataError(expected(str(path), "an IDX file (two zero bytes first)", repr(raw[:4])))
     if raw[2] != 0x08 or raw[3] != dims:
@@ -84,27 +110,49 @@ def read_idx(path: Path, dims: int) -> np.ndarray:
     return np.frombuffer(raw, dtype=np.uint8, offset=head).reshape(shape)
 
 
-def _find_idx(folder: Path, stem: str) -> Path:
-    for name in (f"{stem}-ubyte", f"{stem}-ubyte.gz", f"{stem}.ubyte", stem):
-        if (folder / name).is_file():
-            return folder / name
-    raise DataError(expected("data_dir", f"a file {stem}-ubyte or {stem}-ubyte.gz in {folder}", "none"))
+def _check_idx(path: Path, raw: bytes, name: str, stem: str) -> None:
+    """Raises DataError for a file of the published size that is not the one published for the data set ``name``."""
+    size, known = IDX_MD5[stem]
+    if len(raw) != size or (md5 := hashlib.md5(raw, usedforsecurity=False).hexdigest()) == known[name]:
+        return
+    found = next((f"that of {other}" for other, its in known.items() if its == md5), f"md5 {md5}")
+    raise DataError(expected(str(path), f"the published file of {name} (md5 {known[name]})", found))
 
 
-def _idx_split(folder: Path, prefix: str, classes: int) -> Arrays:
-    image_file, label_file = _find_idx(folder, f"{prefix}-images-idx3"), _find_idx(folder, f"{prefix}-labels-idx1")
-    images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
+def _idx_path(folder: Path, stem: str) -> Path | None:
+    names = (f"{stem}-ubyte", f"{stem}-ubyte.gz", f"{stem}.ubyte", stem)
+    return next((folder / name for name in names if os.path.isfile(folder / name)), None)
+
+
+def _idx_file(folder: Path, name: str, stem: str) -> tuple[Path, np.ndarray]:
+    path = _idx_path(folder, stem)
+    if path is None:
+        raise DataError(expected("data_dir", f"a file {stem}-ubyte or {stem}-ubyte.gz in {folder}", "none"))
+    raw = _unzipped(path)
+    array = read_idx(path, raw, dims=3 if stem.endswith("idx3") else 1)
+    _check_idx(path, raw, name, stem)
+    return path, array
+
+
+def _idx_split(folder: Path, name: str, prefix: str, classes: int) -> Arrays:
+    image_file, images = _idx_file(folder, name, f"{prefix}-images-idx3")
+    label_file, labels = _idx_file(folder, name, f"{prefix}-labels-idx1")
     if images.shape[1:] != (28, 28):
         raise DataError(expected(str(image_file), "images of 28 x 28", " x ".join(map(str, images.shape[1:]))))
     _check_labels(str(label_file), images, labels, classes)
     return images[:, None], labels.astype(np.int64)
 
 
-def idx_dataset(folder: Path) -> tuple[Arrays, Arrays, int]:
-    """(training, test, classes) of the four files of MNIST or Fashion-MNIST."""
+def find_idx(path: Path) -> Path | None:
+    """The folder, if one of the four files is in it."""
+    return path if any(_idx_path(path, stem) for stem in IDX_MD5) else None
+
+
+def idx_dataset(folder: Path, name: str) -> tuple[Arrays, Arrays, int]:
+    """(training, test, classes) of the four files, gzipped or not, of ``name``: "mnist" or "fashion-mnist"."""
     if not folder.is_dir():
         raise DataError(expected("data_dir", "a folder", folder))
-    return _idx_split(folder, "train", 10), _idx_split(folder, "t10k", 10), 10
+    return _idx_split(folder, name, "train", 10), _idx_split(folder, name, "t10k", 10), 10
 
 
 class _Arrays(pickle.Unpickler):
@@ -167,26 +215,31 @@ def _cifar_archive(path: Path) -> dict[str, bytes]:
         raise DataError(expected(str(path), "a readable .tar.gz archive", error)) from error
 
 
-def _cifar_place(path: Path) -> tuple[Path, dict[str, bytes] | None]:
-    """The folder of the batches, or an archive and its content."""
-    if path.is_file():
-        return path, _cifar_archive(path)
+def find_cifar10(path: Path) -> Path | None:
+    """The folder of the batches, or else an archive, at a path or in the folder that it is."""
+    if os.path.isfile(path):
+        return path
     for folder in (path, path / "cifar-10-batches-py", path / "cifar-10-batches-bin"):
-        if any((folder / f"{name}{end}").is_file() for name in CIFAR10_FILES for end in ("", ".bin")):
-            return folder, None
-    for name in ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"):
-        if (path / name).is_file():
-            return path / name, _cifar_archive(path / name)
-    raise DataError(
-        expected("data_dir", f"cifar-10-python.tar.gz, cifar-10-binary.tar.gz or their batches in {path}", "none")
-    )
+        if any(os.path.isfile(folder / f"{name}{end}") for name in CIFAR10_FILES for end in ("", ".bin")):
+            return folder
+    archives = (path / "cifar-10-python.tar.gz", path / "cifar-10-binary.tar.gz")
+    return next((archive for archive in archives if os.path.isfile(archive)), None)
 
 
 def cifar10(path: Path) -> tuple[Arrays, Arrays, int]:
-    """(training, test, classes) of CIFAR-10, from an archive as published or the folder that it unpacks to."""
+    """(training, test, classes) of CIFAR-10, from an archive as published or the folder that it unpacks to.
+
+    All six batches must be there, of whole records, equally many in each, with labels from 0 to 9. Archives and Python
+    batches of about the published size must have the published MD5; so only there are 10000 images a batch certain:
+    smaller ones pass as an excerpt, and for binary batches outside of their archive no MD5 is published.
+    """
     if not path.exists():
         raise DataError(expected("data_dir", "a folder or a .tar.gz archive", path))
-    place, content = _cifar_place(path)
+    place = find_cifar10(path)
+    if place is None:
+        wanted = f"cifar-10-python.tar.gz, cifar-10-binary.tar.gz or their batches in {path}"
+        raise DataError(expected("data_dir", wanted, "none"))
+    content = _cifar_archive(place) if place.is_file() else None
     names = set(content) if content is not None else {p.name for p in place.iterdir()}
     binary = any(f"{n}.bin" in names for n in CIFAR10_FILES)
     splits = []
@@ -213,36 +266,54 @@ def _lines(path: Path) -> list[str]:
     return [line for line in _read(path, "a text file of Tiny ImageNet").decode(errors="replace").splitlines() if line]
 
 
+def _inside(folder: Path, *endings: str) -> list[Path]:
+    """What is in a folder, without hidden files, in order; only files with these endings where some are given."""
+    try:
+        found = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    except OSError as error:
+        raise DataError(expected(str(folder), "a folder of Tiny ImageNet", error)) from error
+    return [p for p in found if p.suffix.lower() in endings] if endings else found
+
+
+def _check_names(path: Path, names: list[str], folder: Path, found: list[Path]) -> None:
+    """Raises DataError unless the list in ``path`` names what was found in a folder, each once."""
+    wanted, there = f"the names in {folder}, each once", {p.name for p in found}
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise DataError(expected(str(path), wanted, f"{twice[0]!r} more than once"))
+    if absent := sorted(set(names) - there):
+        raise DataError(expected(str(path), wanted, f"{absent[0]!r}, which is not there"))
+    if unnamed := sorted(there - set(names)):
+        raise DataError(expected(str(path), wanted, f"no line for {unnamed[0]!r}"))
+
+
 def _tiny_files(folder: Path) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]], int]:
     """(file, label) of the training and the validation images, and the number of classes."""
     wnids = [line.strip() for line in _lines(folder / "wnids.txt")]
+    if not wnids:
+        raise DataError(expected(str(folder / "wnids.txt"), "class names, one a line", "none"))
+    classes = [p for p in _inside(folder / "train") if p.is_dir()]
+    _check_names(folder / "wnids.txt", wnids, folder / "train", classes)
     label = {wnid: i for i, wnid in enumerate(wnids)}
-    if len(label) != len(wnids) or not wnids:
-        raise DataError(expected(str(folder / "wnids.txt"), "different class names, one a line", f"{len(wnids)} lines"))
     train: list[tuple[Path, int]] = []
     first = 0
     for wnid, i in label.items():
         images = folder / "train" / wnid / "images"
-        if not images.is_dir():
-            raise DataError(expected(str(images), "a folder of images of this class", "no such folder"))
-        found = sorted(p for p in images.iterdir() if p.suffix.lower() in (".jpeg", ".jpg"))
+        found = _inside(images, *JPEG)
         first = first or len(found)
         if not found or len(found) != first:
             # Published with 500 each.
             raise DataError(expected(str(images), f"{first or 'some'} images, as the first class has", len(found)))
         train += [(p, i) for p in found]
-    annotations = folder / "val" / "val_annotations.txt"
-    val: list[tuple[Path, int]] = []
-    for line in _lines(annotations):
-        name, wnid = [*line.split("\t"), "", ""][:2]
-        if wnid not in label or Path(name).name != name:
-            raise DataError(
-                expected(str(annotations), "lines of a file name and a class of wnids.txt", repr(line[:60]))
-            )
-        val.append((folder / "val" / "images" / name, label[wnid]))
-    if not val:
+    annotations, images = folder / "val" / "val_annotations.txt", folder / "val" / "images"
+    rows = [[*line.split("\t"), ""][:2] for line in _lines(annotations)]
+    if not rows:
         raise DataError(expected(str(annotations), "a line for every image", "none"))
-    return train, val, len(wnids)
+    for row in rows:
+        if row[1] not in label:
+            wanted = "lines of a file name and a class of wnids.txt"
+            raise DataError(expected(str(annotations), wanted, repr("\t".join(row)[:60])))
+    _check_names(annotations, [name for name, _ in rows], images, _inside(images, *JPEG))
+    return train, [(images / name, label[wnid]) for name, wnid in rows], len(wnids)
 
 
 def _decode(files: list[Path]) -> np.ndarray:
@@ -284,13 +355,32 @@ def _fingerprint(folder: Path, files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def find_tiny_imagenet(path: Path) -> Path | None:
+    """The unpacked folder at a path or in the folder that it is."""
+    return next((f for f in (path, path / "tiny-imagenet-200") if os.path.isfile(f / "wnids.txt")), None)
+
+
+def _save_cache(path: Path, **arrays: Any) -> None:
+    """Writes an .npz file where that is possible; several processes may do so at once."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".sparsebreg-", dir=path.parent) as own:
+            with atomic(Path(own) / path.name) as file:
+                np.savez(file, **arrays)
+            (Path(own) / path.name).replace(path)
+    except OSError:
+        pass  # only speed is lost
+
+
 def tiny_imagenet(path: Path) -> tuple[Arrays, Arrays, int]:
     """(training, validation, classes) of Tiny ImageNet from its folder; the published test images have no labels.
 
+    wnids.txt must name the folders in train, and val_annotations.txt the images in val/images, each once; classes must
+    have equally many training images, and images one size. No checksum is published.
+
     Decoded images are kept beside the data, in ``sparsebreg-cache.npz``, where that folder can be written.
     """
-    folder = path if (path / "wnids.txt").is_file() else path / "tiny-imagenet-200"
-    if not (folder / "wnids.txt").is_file():
+    folder = find_tiny_imagenet(path)
+    if folder is None:
         raise DataError(expected("data_dir", f"the unpacked tiny-imagenet-200 with wnids.txt in {path}", "none"))
     train, val, classes = _tiny_files(folder)
     key = _fingerprint(folder, [p for p, _ in (*train, *val)])
@@ -303,10 +393,5 @@ def tiny_imagenet(path: Path) -> tuple[Arrays, Arrays, int]:
     except (OSError, KeyError, ValueError, EOFError, zlib.error, zipfile.BadZipFile):
         pass  # none, or not a whole one: decoded again
     images = [_decode([p for p, _ in split]) for split in (train, val)]
-    if os.access(folder, os.W_OK):
-        try:
-            with atomic(cache) as file:
-                np.savez(file, key=key, train=images[0], val=images[1])
-        except OSError:
-            pass  # only speed is lost
+    _save_cache(cache, key=key, train=images[0], val=images[1])
     return (images[0], labels[0]), (images[1], labels[1]), classes

@@ -135,6 +135,15 @@ _PROXSGD = _bregman(sb.ProxSGD, "momentum")
 _SPARSE = {"init_density": 0.02, "init_distribution": "uniform", "target_sparsity": None, "per_layer": False}
 _SGD = {"lr": 0.05, "momentum": 0.9}
 _DYNAMIC = {**_SGD, "target_sparsity": 0.95}
+# Batch norm makes gradients larger the smaller the weights are. One λ for all would wake most weights in the first
+# layers, whose images are large: half of the time for a hundredth of the weights. Chosen on ResNet-18.
+_NORMED = {
+    "lr": 1.0,
+    "lam": 0.025,
+    "coarse_steps": 49,
+    "per_layer": True,
+    "init_distribution": "uniform",
+}
 
 METHODS: dict[str, Method] = {
     "sgd": Method(_sgd, _SGD, dense=True),
@@ -149,15 +158,7 @@ METHODS: dict[str, Method] = {
         # Convolutions see larger gradients, so the same step is larger for them.
         for_model={
             "convnet": {"lr": 1.5, "lam": 0.18, "coarse_steps": 9, "init_density": 0.08},
-            # Batch norm makes gradients larger the smaller the weights are. One λ for all would wake most weights in
-            # the first layers, whose images are large: half of the time for a hundredth of the weights.
-            "resnet18": {
-                "lr": 1.0,
-                "lam": 0.025,
-                "coarse_steps": 49,
-                "per_layer": True,
-                "init_distribution": "uniform",
-            },
+            **dict.fromkeys(("resnet18", "vgg16", "wide_resnet28_10"), _NORMED),
         },
         bregman=True,
     ),

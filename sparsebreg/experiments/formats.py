@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsebreg.errors import DataError, expected
+from sparsebreg.errors import DataError, RunError, expected
 from sparsebreg.experiments.files import atomic
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -367,7 +367,7 @@ def _save_cache(path: Path, **arrays: Any) -> None:
             with atomic(Path(own) / path.name) as file:
                 np.savez(file, **arrays)
             (Path(own) / path.name).replace(path)
-    except OSError:
+    except (OSError, RunError):
         pass  # only speed is lost
 
 

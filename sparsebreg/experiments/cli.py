@@ -167,9 +167,7 @@ def _compare(args: argparse.Namespace) -> None:
     except ValueError:
         raise ValueError(expected("seeds", "numbers", repr(given))) from None
     base = Config(**options)
-    rows, failed = compare(
-        base, lists.pop("methods"), seeds, **lists, progress=not args.quiet, restart=args.restart
-    )
+    rows, failed = compare(base, lists.pop("methods"), seeds, **lists, progress=not args.quiet, restart=args.restart)
     if rows:
         print(table(rows))
     for key, message in failed.items():

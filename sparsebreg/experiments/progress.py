@@ -138,7 +138,7 @@ class Progress:
         groups = by_method(self.configs)
         several = len({task[:2] for task in groups}) > 1
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for head in (("data, model", "method") if several else ("method",)):
+        for head in ("data, model", "method") if several else ("method",):
             table.add_column(head, no_wrap=True)
         for head in ("runs", "test accuracy %", "train s"):
             table.add_column(head, justify="right", no_wrap=True)

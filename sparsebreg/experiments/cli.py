@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import sparsebreg as sb
-from sparsebreg.errors import SparsebregError, check_int, expected
+from sparsebreg.errors import RunError, SparsebregError, expected
 from sparsebreg.experiments.cases import PARTS
 from sparsebreg.experiments.config import FORMATS, SCHEDULES, Config, read_toml
 from sparsebreg.experiments.data import DATASETS
@@ -153,9 +153,10 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from sparsebreg.experiments.compare import compare, table
+    from sparsebreg.experiments.compare import compare, run_name, table
 
-    options = _options(args, LISTS)
+    options = _options(args, (*LISTS, "command"))
+    del options["command"]  # how a saved comparison was called
     lists = {"methods": ["sgd", "ml-linbreg"], "seeds": [0]}
     for name in LISTS:
         if name in options:
@@ -163,14 +164,22 @@ def _compare(args: argparse.Namespace) -> None:
             lists[name] = value if isinstance(value, list) else [value]
         if name in lists and not lists[name]:
             raise ValueError(expected(name, "at least one", "none"))
+    given = lists.pop("seeds")
     try:
-        seeds = [check_int("seeds", int(s), low=0) for s in lists.pop("seeds")]
-    except (TypeError, ValueError):
-        raise ValueError(expected("seeds", "numbers", repr(options.get("seeds", args.seeds)))) from None
+        seeds = [int(s) if isinstance(s, str) else s for s in given]
+    except ValueError:
+        raise ValueError(expected("seeds", "numbers", repr(given))) from None
     base = Config(**options)
-    rows = compare(base, lists.pop("methods"), seeds, **lists, progress=_progress(args.quiet), restart=args.restart)
-    print(table(rows))
-    print(f"plot: {Path(base.out) / 'curves.png'}\nreport: {Path(base.out) / 'report.html'}")
+    rows, failed = compare(base, lists.pop("methods"), seeds, **lists, progress=not args.quiet, restart=args.restart)
+    if rows:
+        print(table(rows))
+    for key, message in failed.items():
+        print(f"failed: {run_name(key)}: {message}")
+    if rows:
+        print(f"plot: {Path(base.out) / 'curves.png'}\nreport: {Path(base.out) / 'report.html'}")
+    if failed:
+        names = ", ".join(map(run_name, failed))
+        raise RunError(expected("runs", "every one to finish", f"failures of {names}; the same command tries again"))
 
 
 def _report(args: argparse.Namespace) -> None:

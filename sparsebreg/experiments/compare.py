@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 from tabulate import tabulate
 
-from sparsebreg.errors import RunError, check_choice
+import sparsebreg as sb
+from sparsebreg.errors import RunError, check_choice, check_int, expected
 from sparsebreg.experiments import checkpoint, plots
-from sparsebreg.experiments.config import Config
-from sparsebreg.experiments.data import DATASETS
+from sparsebreg.experiments.config import Config, words
+from sparsebreg.experiments.data import DATASETS, load
 from sparsebreg.experiments.files import prepare_folder, write
 from sparsebreg.experiments.methods import METHODS, special
 from sparsebreg.experiments.train import PARENT, Stopped
@@ -27,6 +33,22 @@ from sparsebreg.models import MODELS
 
 #: A run of a comparison: data, model, method, seed.
 Key = tuple[str, str, str, int]
+
+#: What a comparison needs at its end, or while it runs: better missed before the first run.
+PACKAGES = ("jinja2", "matplotlib", "rich", "tabulate", "tomli_w")
+
+
+def run_name(key: Key) -> str:
+    """As messages call a run."""
+    return f"{' '.join(key[:3])} seed {key[3]}"
+
+
+def by_method(keys: Iterable[Key]) -> dict[tuple[str, str, str], list[Key]]:
+    """Runs that differ by their seed alone, by (data, model, method)."""
+    groups: dict[tuple[str, str, str], list[Key]] = {}
+    for key in keys:
+        groups.setdefault(key[:3], []).append(key)
+    return groups
 
 
 def plan(
@@ -38,11 +60,15 @@ def plan(
     files in a folder of its name below ``data_dir``.
 
     Raises:
-        TypeError, ValueError: for a wrong option.
+        TypeError, ValueError: for a wrong option, or one that is listed twice.
     """
     for name, values, known in (("methods", methods, METHODS), ("models", models, MODELS), ("data", data, DATASETS)):
         for value in values:
             check_choice(name, value, known)
+    seeds = [check_int("seeds", seed, low=0) for seed in seeds]
+    for name, values in (("methods", methods), ("models", models), ("data", data), ("seeds", seeds)):
+        if len(set(values)) < len(values):
+            raise ValueError(expected(name, "every one once", ", ".join(map(str, values))))
     configs = {}
     for task in data:
         folder = str(Path(base.data_dir) / task) if base.data_dir and len(data) > 1 else base.data_dir
@@ -58,57 +84,135 @@ def plan(
     return configs
 
 
+def options(base: Config, configs: dict[Key, Config]) -> dict[str, Any]:
+    """The planned comparison in the words of its command: its lists, and the options that all of its runs share.
+
+    The same comparison is planned from them. Options in which runs differ are those that ``base`` left open.
+    """
+    lists = zip(("data", "models", "methods", "seeds"), zip(*configs, strict=True), strict=True)
+    out: dict[str, Any] = {name: list(dict.fromkeys(values)) for name, values in lists}
+    out |= {"out": base.out, "data_dir": base.data_dir}
+    own = {"data", "model", "method", "seed", *out}
+    for name in (f.name for f in fields(Config) if f.name not in own):
+        taken = [c for c in configs.values() if name not in special() or name in METHODS[c.method].defaults]
+        values = {getattr(c, name) for c in taken}
+        out[name] = values.pop() if len(values) == 1 else None
+    return {k: v for k, v in out.items() if v is not None}
+
+
 def compare(
     base: Config,
     methods: Sequence[str],
     seeds: Sequence[int],
     models: Sequence[str] | None = None,
     data: Sequence[str] | None = None,
-    progress: Callable[..., Any] | None = None,
+    progress: bool = False,
     restart: bool = False,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[Key, str]]:
     """Trains every method with every seed on every task, one after another in processes of their own.
 
     Finished runs are taken as they are and a stopped one goes on, so that the same call goes on with a comparison that
-    was killed. Writes comparison.json, curves.png and the report's files.
+    was killed. A run that fails does not keep the others from running, and is tried again by the same call. Writes
+    comparison.toml (the options, and the command), comparison.json, curves.png and the report's files.
 
     Args:
         base: all other options; ``base.out`` is the comparison's folder.
         models, data: default: those of ``base``.
-        progress: called as ``tqdm.tqdm``; default: no progress bar.
+        progress: show a live table on standard error; a line for every event where that is no terminal.
         restart: begin all runs anew.
 
     Returns:
-        The rows of the table, one per task and method.
+        The rows of the table, one per task and method with a finished run, and what each failed run said at its end.
 
     Raises:
-        TypeError, ValueError: for a wrong option, before the first run; RunError: if a run fails; Stopped: for SIGINT,
-        once the present run is saved.
+        TypeError, ValueError: for a wrong option, a model that does not fit the data, DataError: for data that cannot
+        be loaded, RunError: for a package that is missing or a folder with other runs; all before the first run.
+        RunError: for files that cannot be written. Stopped: for SIGINT, once the present run is saved.
     """
+    configs = plan(base, methods, seeds, models or [base.model], data or [base.data])
+    check_packages()
+    sb.info()  # raises for a backend that cannot be used
+    try:
+        results = {} if restart else {k: r for k, c in configs.items() if (r := checkpoint.finished(c)) is not None}
+        check_tasks(c for k, c in configs.items() if k not in results)
+        folder = prepare_folder(base.out)
+        _save_options(folder / "comparison.toml", options(base, configs))
+        failed = _train_all(configs, results, progress, restart)
+        return _finish(folder, configs, results), failed
+    except KeyboardInterrupt:
+        raise Stopped("stopped; the same command goes on from there", signal.SIGINT) from None
+    except OSError as error:
+        raise RunError(expected("out", "a folder with room for the results", error)) from error
+
+
+def check_packages() -> None:
+    """Raises RunError where one of ``PACKAGES`` cannot be imported."""
+    for name in PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise RunError(
+                expected("compare", f"the package {name} (pip install 'sparsebreg[train]')", error)
+            ) from error
+
+
+def check_tasks(configs: Iterable[Config]) -> None:
+    """Loads the data and builds the models once. Raises ValueError or DataError where one of them cannot be."""
+    tasks: dict[tuple[str, str | None, float], dict[str, None]] = {}
+    for c in configs:
+        tasks.setdefault((c.data, c.data_dir, c.validation), {})[c.model] = None
+    for (name, folder, validation), models in tasks.items():
+        data = load(name, folder, validation)
+        for model in models:
+            try:
+                with torch.device("meta"):  # shapes alone
+                    MODELS[model](data.shape, classes=data.classes)
+            except ValueError as error:
+                raise ValueError(expected("models", f"some for the images of {name}", f"{model} ({error})")) from error
+
+
+def _save_options(path: Path, chosen: dict[str, Any]) -> None:
+    """Writes a TOML file that ``sparsebreg compare --config`` takes, with the whole command besides."""
+    import tomli_w
+
+    command = shlex.join(["sparsebreg", "compare", *words(chosen)])
+    write(path, tomli_w.dumps({**chosen, "command": command}))
+
+
+def _train_all(
+    configs: dict[Key, Config], results: dict[Key, dict[str, Any]], progress: bool, restart: bool
+) -> dict[Key, str]:
+    """Adds to ``results`` what is not there yet; returns what failed runs said at their end."""
+    from rich.console import Console
+
+    from sparsebreg.experiments.progress import Progress
+
+    failed: dict[Key, str] = {}
+    console = Console(stderr=True, quiet=not progress, force_terminal=sys.stderr.isatty())
+    with Progress(configs, results, failed, console) as show:
+        for key, config in configs.items():
+            if key in results:
+                continue
+            show.begin(key)
+            try:
+                results[key] = _run(config, restart, show.update)
+            except RunError as error:
+                failed[key] = str(error)
+            show.end()
+    return failed
+
+
+def _finish(folder: Path, configs: dict[Key, Config], results: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Writes files about the finished runs; returns the rows of their table."""
     from sparsebreg.experiments import report
 
-    configs = plan(base, methods, seeds, models or [base.model], data or [base.data])
-    folder = prepare_folder(base.out)
-    results = {} if restart else {k: r for k, c in configs.items() if (r := checkpoint.finished(c)) is not None}
-    bar = None
-    if progress:
-        # In epochs; an average over all of them, since methods differ in speed.
-        bar = progress(
-            total=sum(c.epochs for c in configs.values()), initial=sum(configs[k].epochs for k in results), smoothing=0,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left",
-        )  # fmt: skip
-    for i, (key, config) in enumerate(configs.items(), 1):
-        if key not in results:
-            if bar is not None:
-                bar.set_description(f"run {i} of {len(configs)}: {' '.join(key[:3])} seed {config.seed}")
-            results[key] = _run(config, bar, restart)
-    if bar is not None:
-        bar.close()
-    tasks = dict.fromkeys(key[:3] for key in configs)
-    rows = [row([results[(*task, seed)] for seed in seeds]) for task in tasks]
+    tasks = {task: done for task, keys in by_method(configs).items() if (done := [k for k in keys if k in results])}
+    if not tasks:
+        return []
+    rows = [row([results[k] for k in keys]) for keys in tasks.values()]
     histories = {}
-    for task in tasks:
-        with open(Path(configs[(*task, seeds[0])].out) / "history.csv", newline="") as file:
+    for task, keys in tasks.items():
+        with open(Path(configs[keys[0]].out) / "history.csv", newline="") as file:
             label = task[2] if len({t[:2] for t in tasks}) == 1 else " ".join(task)
             histories[label] = list(csv.DictReader(file))
     plots.curves(folder / "curves.png", histories)
@@ -117,42 +221,51 @@ def compare(
     return rows
 
 
-def _run(config: Config, bar: Any, restart: bool) -> dict[str, Any]:
-    """One run in a process of its own, which says on its standard output how far it is."""
+def _run(config: Config, restart: bool, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """One run in a process of its own, which says on its standard output how far it is: at which step of how many.
+
+    Raises:
+        RunError: with the last line that a failed run wrote on its standard error. KeyboardInterrupt: once the run has
+        stopped for it.
+    """
     command = [sys.executable, "-m", "sparsebreg", "train", *config.arguments(), "--progress", "lines"]
     # A session of its own: Ctrl-C reaches this process alone, which passes it on once. Without this process, the run
     # saves its state and stops.
     run = subprocess.Popen(
-        command + (["--restart"] if restart else []),
-        stdout=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, PARENT: str(os.getpid())},
+        command + (["--restart"] if restart else []), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        errors="replace", start_new_session=True, env={**os.environ, PARENT: str(os.getpid())},
     )  # fmt: skip
+    said: deque[str] = deque(maxlen=1)
+    reader = threading.Thread(target=_pass_on, args=(run.stderr, said), daemon=True)
+    reader.start()
     stopped = False
-    done = None
     while True:
         try:
             for line in run.stdout:  # type: ignore[union-attr]
-                words = line.split()
-                if bar is not None and len(words) == 3 and words[0] == "progress":
-                    part = int(words[1]) / int(words[2])
-                    if done is None:  # where the run goes on: not done in this time
-                        bar.n += part * config.epochs
-                        bar.initial += part * config.epochs
-                    else:
-                        bar.update(min((part - done) * config.epochs, bar.total - bar.n))
-                    done = part
+                parts = line.split()
+                if len(parts) == 3 and parts[0] == "progress":
+                    progress(int(parts[1]), int(parts[2]))
             run.wait()
+            reader.join()
             break
         except KeyboardInterrupt:
             stopped = True
-            run.send_signal(signal.SIGINT)
+            run.terminate()  # SIGINT would show a traceback of a run that has not begun to train
     if stopped:
-        raise Stopped("stopped; the same command goes on from there", signal.SIGINT)
+        raise KeyboardInterrupt
     if run.returncode:
-        raise RunError(
-            f"{config.method}, seed {config.seed}: the run failed with exit status {run.returncode}; "
-            "the same command goes on from its last checkpoint"
-        )
+        killed = f"killed by signal {-run.returncode}" if run.returncode < 0 else None
+        last = said[0] if said else f"exit status {run.returncode}"
+        raise RunError(killed or last.removeprefix("sparsebreg: ").removeprefix("error: "))
     return json.loads((Path(config.out) / "result.json").read_text())
+
+
+def _pass_on(stream: IO[str], last: deque[str]) -> None:
+    """Writes what a run writes on its standard error on that of this process; ``last`` gets every line."""
+    for line in stream:
+        if text := line.rstrip():
+            last.append(text)
+            print(text, file=sys.stderr, flush=True)
 
 
 def row(results: list[dict[str, Any]]) -> dict[str, Any]:

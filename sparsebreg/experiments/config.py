@@ -108,14 +108,7 @@ class Config:
 
     def arguments(self) -> list[str]:
         """The words of ``sparsebreg train`` that give this configuration."""
-        words = []
-        for name, value in asdict(self).items():
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            elif value is not None:
-                words += [f"--{flag}", str(value)]
-        return words
+        return words(asdict(self))
 
     def same_run(self, other: dict[str, Any]) -> str | None:
         """The first option, spelled out, in which a saved run is another one; None where it is the same."""
@@ -129,6 +122,18 @@ class Config:
         import tomli_w
 
         write(path, tomli_w.dumps({k: v for k, v in asdict(self).items() if v is not None}))
+
+
+def words(options: dict[str, Any]) -> list[str]:
+    """Options as words of a command line; None is left out, a list gets commas."""
+    out = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            out.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            out += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return out
 
 
 def read_toml(path: str | Path, more: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -215,7 +215,7 @@ def _legend(ax: Any) -> None:
     longest = max(map(len, texts))
     columns = 3 if longest < 15 else 2 if longest < 28 else 1
     texts = [textwrap.fill(t, 58) for t in texts]
-    ax.legend(handles, texts, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns)
+    ax.figure.legend(handles, texts, loc="outside upper center", ncols=columns)
     _grow(ax, 0.17 * (sum(t.count("\n") + 1 for t in texts) / columns - 2))
 
 
@@ -339,6 +339,6 @@ def breakdown(name: str, times: dict[str, dict[str, float]]) -> str:
         ax.invert_yaxis()
         ax.set(xlabel="wall-clock time (s)")
         ax.grid(alpha=0.2, axis="x")
-        _grow(ax, 0.16 * (sum(label.count("\n") + 1 for label in labels) - 8))
+        _grow(ax, 0.16 * len(labels) * (max(label.count("\n") for label in labels) + 1.5) - 2.2)
         _legend(ax)
     return out[0]

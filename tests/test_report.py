@@ -10,14 +10,24 @@ import numpy as np
 import pytest
 
 from sparsebreg.errors import RunError
-from sparsebreg.experiments import cli
-from sparsebreg.experiments.report import report
+from sparsebreg.experiments import cli, plots
+from sparsebreg.experiments.compare import HEAD, SHARED, cells, row, table
+from sparsebreg.experiments.report import comparisons, report
 
 CONFIG = {"data": "digits", "model": "mlp", "coarse_steps": None, "lam": None, "batch_size": 128}
 
 
 def fake(
-    folder, method="sgd", seed=0, accuracy=90.0, seconds=10.0, density=1.0, flops=1.0, layers=("1", "3"), **config
+    folder,
+    method="sgd",
+    seed=0,
+    accuracy=90.0,
+    seconds=10.0,
+    density=1.0,
+    flops=1.0,
+    layers=("1", "3"),
+    data_seconds=None,
+    **config,
 ):
     """The files of a finished run."""
     folder.mkdir(parents=True)
@@ -30,15 +40,19 @@ def fake(
         "train_seconds": seconds, "fine_seconds": seconds / 2, "coarse_seconds": seconds / 2, "evaluation_seconds": 1.5,
         "checkpoint_seconds": 0.5, "seconds_per_fine_step": 0.02, "seconds_per_coarse_step": 0.005 if coarse else None,
         "flops_fraction_of_sgd": flops, "peak_rss_mb": 300.0, "config": options,
+        "memory_format": "channels_last" if seed else "contiguous",
         "command": f"sparsebreg train --method {method} --seed {seed}",
         "info": {"cpu": "A <fast> & small CPU", "cpus": 2, "machine": "Linux x86_64", "threads": 2, "backend": "native",
                  "isa": "avx2", "torch": "2.13.0", "python": "3.11.7", "version": "0.1.0"},
     }  # fmt: skip
+    if data_seconds is not None:
+        result["data_seconds"] = data_seconds
     (folder / "result.json").write_text(json.dumps(result))
     np.savez(folder / "steps.npz", phase=phase.astype(np.uint8), seconds=np.full(40, 0.01, np.float32))
+    kind = "validation" if options.get("validation") else "test"
     with open(folder / "history.csv", "w", newline="") as file:
         rows = [
-            {"epoch": e, "steps": 20 * e, "train_loss": 1 / e, "test_accuracy": accuracy - 2 + e, "density": density,
+            {"epoch": e, "steps": 20 * e, "train_loss": 1 / e, f"{kind}_accuracy": accuracy - 2 + e, "density": density,
              "train_seconds": seconds * e / 2, "flops": 1e13 * flops * e, **{f"density.{n}": density for n in layers}}
             for e in (1, 2)
         ]  # fmt: skip
@@ -63,7 +77,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.rows, self.ids, self.references, self.tags, self.open = [], [], [], [], []
+        self.rows, self.ids, self.references, self.tags, self.open, self.drawings = [], [], [], [], [], []
         self.feed(text)
         assert self.open == []
 
@@ -71,6 +85,8 @@ class Page(HTMLParser):
         self.tags.append(tag)
         if tag not in self.VOID:
             self.open.append(tag)
+        if tag == "svg":
+            self.drawings.append(dict(attrs))
         if tag == "tr":
             self.rows.append([])
         for name, value in attrs:
@@ -118,6 +134,8 @@ def test_page_stands_alone(runs):
     text = (runs / "report.html").read_text()
     page = Page(text)
     assert page.tags.count("svg") == 7  # five of the task, layers and steps of ml-linbreg
+    assert all(d["role"] == "img" and ": " in d["aria-label"] for d in page.drawings)
+    assert page.drawings[0]["aria-label"] == "test accuracy (%) against training time (s): sgd, ml-linbreg"
     assert 'name="viewport" content="width=device-width' in text
     assert "@media print" in text
     assert "prefers-color-scheme: dark" in text
@@ -145,7 +163,7 @@ def test_several_tasks_and_options(runs):
     (runs / "c" / "checkpoint.pt").write_bytes(b"")
     report(runs)
     text = (runs / "report.html").read_text()
-    labels = [row[0] for row in Page(text).rows]
+    labels = [row[0] for row in Page(text).rows if len(row) == len(HEAD)]
     assert labels[:6] == [
         "method",
         "sgd",
@@ -173,7 +191,9 @@ def test_bad_folders(runs, tmp_path, capsys):
     with pytest.raises(RunError, match="folder: expected a result.json somewhere below, got none"):
         report(tmp_path / "empty")
     path = runs / "a" / "sgd-1"
-    for name, content in (("result.json", b"{"), ("result.json", b"{}"), ("history.csv", b""), ("steps.npz", b"PK")):
+    whole = json.loads((path / "result.json").read_text())
+    damaged = (b"{", b"{}", b"[]", b"null", b"3", json.dumps({**whole, "config": None}).encode())
+    for name, content in (*(("result.json", d) for d in damaged), ("history.csv", b""), ("steps.npz", b"PK")):
         before = (path / name).read_bytes()
         (path / name).write_bytes(content)
         with pytest.raises(RunError, match="sgd-1: expected the files of a finished run"):
@@ -197,3 +217,136 @@ def test_report_of_real_runs(tmp_path, capsys):
         assert line[0] == result["method"]
         assert line[2] == f"{result['test_accuracy']:.2f}"
         assert line[5] == f"{result['train_seconds'] / results[0]['train_seconds']:.2f}"
+
+
+def test_time_of_the_data_is_a_part_of_its_own(tmp_path):
+    fake(tmp_path / "sgd")  # of before it was measured
+    fake(tmp_path / "ml", "ml-linbreg", density=0.05, coarse_steps=9, data_seconds=2.0)
+    report(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    rows = [r for r in Page(text).rows if len(r) == 6][:3]
+    # 36 of 40 steps are coarse.
+    assert rows == [
+        ["method", "fine steps s", "coarse steps s", "data s", "evaluation s", "checkpoints s"],
+        ["sgd", "5.00", "5.00", "-", "1.50", "0.50"],
+        ["ml-linbreg", "4.80", "3.20", "2.00", "1.50", "0.50"],
+    ]
+    assert "wall-clock time (s): fine steps, coarse steps, data, evaluation, checkpoints" in text
+    for page in (text, (tmp_path / "report.md").read_text()):
+        assert "taken out of fine and coarse steps in equal shares" in page
+
+
+def test_runs_one_by_one(runs):
+    report(runs)
+    page = Page((runs / "report.html").read_text())
+    assert ["sgd", "0", "90.00", "0.0", "10.00", "contiguous"] in page.rows
+    assert ["ml-linbreg", "1", "90.00", "95.0", "5.00", "channels_last"] in page.rows
+    text = (runs / "report.md").read_text()
+    assert re.search(r"\| ml-linbreg +\| +1 +\| +90.00 +\| +95.0 +\| +5.00 +\| +channels_last +\|", text)
+    assert "equal shares" not in text  # nothing is known of the data's time
+    assert "curves.png" not in text
+
+
+def svg_texts(svg):
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+
+
+def test_colours_that_begin_again_come_with_other_lines():
+    rows = [{"epoch": 1, "y": 2}, {"epoch": 2, "y": 1}]
+
+    def draw(n):
+        runs = {f"m{i}": [rows] for i in range(n)}
+        return plots.lines("x", runs, lambda r: r["epoch"], lambda r: r["y"], xlabel="epoch", ylabel="y")
+
+    assert "stroke-dasharray" not in draw(7)
+    assert "stroke-dasharray" in draw(8)
+    assert set(svg_texts(draw(16))) >= {f"m{i}" for i in range(16)}
+
+
+def history(**density):
+    """Rows of history.csv; densities of a layer at the ends of the epochs."""
+    return [
+        {"epoch": str(e + 1), **{f"density.{n}": str(v) for n, v in zip(density, values, strict=True)}}
+        for e, values in enumerate(zip(*density.values(), strict=True))
+    ]
+
+
+def test_layers_can_be_told_apart():
+    few = {f"conv{i}": (0.5, 0.1) for i in range(10)}  # all end at the same height
+    drawing = plots.layers("x", history(**few))
+    assert set(svg_texts(drawing)) >= set(few)
+    heights = sorted(float(y) for y in re.findall(r'<text[^>]*? y="([\d.]+)"[^>]*>conv\d</text>', drawing))
+    assert min(np.diff(heights)) > 8  # the size of the letters
+    many = {f"layer{i}": (0.5, 0.1 + i / 100) for i in range(21)}
+    drawing = plots.layers("x", history(**many))
+    assert [t for t in svg_texts(drawing) if t.startswith("layer")] == ["layer0", "layer20"]
+    assert {"(first layer)", "(last layer)"} <= set(svg_texts(drawing))
+    assert "<image" not in drawing
+
+
+@pytest.mark.parametrize("n", [3, 12])
+def test_layers_that_died_out_are_named(n):
+    densities = {f"layer{i}": (0.5, 0.1, 0.05) for i in range(n)}
+    assert not {"none"} & set(svg_texts(plots.layers("x", history(**densities))))
+    densities |= {"layer1": (0.5, 0.0, 0.0), "layer2": (0.5, 0.0, 0.2)}
+    drawing = plots.layers("x", history(**densities))
+    assert {"none", "no active weight at the end: layer1"} <= set(svg_texts(drawing))
+    nothing = plots.layers("x", history(a=(0.0, 0.0), b=(0.0, 0.0)))
+    assert "no active weight at the end: a, b" in svg_texts(nothing)
+
+
+@pytest.mark.parametrize("key", SHARED)
+def test_baseline_is_an_sgd_run_of_the_same_kind(tmp_path, key):
+    options = {"epochs": 5, "batch_size": 128, "threads": 2, "augment": False, "validation": 0.0}
+    other = {"epochs": 6, "batch_size": 64, "threads": 1, "augment": True, "validation": 0.1}
+    fake(tmp_path / "sgd", seconds=10, **options)
+    fake(tmp_path / "ml", "ml-linbreg", seconds=4, density=0.05, **options)
+    fake(tmp_path / "adabreg", "adabreg", seconds=4, density=0.05, **{**options, key: other[key]})
+    results = [json.loads((tmp_path / m / "result.json").read_text()) for m in ("sgd", "ml", "adabreg")]
+    assert [c[5] for c in cells([row([r]) for r in results])] == ["1.00", "0.40", "-"]
+
+
+def test_baseline_is_the_fastest_and_old_rows_have_one(tmp_path):
+    fake(tmp_path / "a", seconds=10, lr=0.1)
+    fake(tmp_path / "b", seconds=8, lr=0.05)
+    fake(tmp_path / "c", "ml-linbreg", seconds=4)
+    rows = [row([json.loads((tmp_path / m / "result.json").read_text())]) for m in "abc"]
+    assert [c[5] for c in cells(rows)] == ["1.25", "1.00", "0.50"]
+    old = [{k: v for k, v in r.items() if k not in SHARED} for r in rows]
+    assert table(old) == table(rows)
+
+
+def test_command_of_the_comparison(runs):
+    fake(runs / "b" / "x", "sgd", data="mnist", model="convnet")
+    command = 'sparsebreg compare --methods sgd,ml-linbreg --out "a b"'
+    (runs / "a" / "comparison.toml").write_text(f"command = '{command}'\nepochs = 5\n")
+    report(runs)
+    text = (runs / "report.md").read_text()
+    digits, mnist = text.split("## mnist")
+    assert f"# all runs\n{command}\n# one by one\nsparsebreg train --method sgd --seed 0\n" in digits
+    assert command not in mnist
+    assert "--out &#34;a b&#34;" in (runs / "report.html").read_text()
+    (runs / "a" / "comparison.toml").write_text("epochs = 5\n")  # says nothing of it
+    assert comparisons(runs) == {}
+    (runs / "a" / "comparison.toml").write_bytes(b"command = ")
+    with pytest.raises(RunError, match="comparison.toml: expected a readable TOML file"):
+        report(runs)
+
+
+def test_accuracy_of_other_splits_is_not_mixed_up(tmp_path):
+    fake(tmp_path / "ml", "ml-linbreg", density=0.05, validation=0.1)
+    report(tmp_path)
+    assert "validation accuracy (%)" in (tmp_path / "report.html").read_text()
+    fake(tmp_path / "sgd")
+    report(tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    for drawing in page.drawings[:2]:
+        assert drawing["aria-label"].startswith("accuracy (%) against ")
+        assert drawing["aria-label"].endswith(": sgd, test, ml-linbreg, validation")
+    assert page.drawings[2]["aria-label"] == "training loss against epoch: sgd, ml-linbreg"
+
+
+def test_markdown_shows_the_picture_that_is_there(runs):
+    (runs / "curves.png").write_bytes(b"")
+    report(runs)
+    assert "](curves.png)" in (runs / "report.md").read_text()

@@ -268,10 +268,15 @@ def _pass_on(stream: IO[str], last: deque[str]) -> None:
             print(text, file=sys.stderr, flush=True)
 
 
+#: Options that set how much work a run is: times of runs that differ in them do not compare.
+SHARED = ("epochs", "batch_size", "threads", "augment", "validation")
+
+
 def row(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds of a method on a task."""
     out: dict[str, Any] = {k: results[0][k] for k in ("data", "model", "method")}
     out["runs"] = len(results)
+    out |= {k: results[0]["config"].get(k) for k in SHARED}
     for key in ("test_accuracy", "sparsity", "train_seconds", "flops_fraction_of_sgd", "peak_rss_mb"):
         values = [r[key] for r in results]
         out[key] = statistics.mean(values)
@@ -288,8 +293,12 @@ HEAD = (
 
 
 def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The rows as text under ``HEAD``; times relative to the method sgd on the same task, where there is one."""
-    dense = {(r["data"], r["model"]): r for r in rows if r["method"] == "sgd"}
+    """The rows as text under ``HEAD``; times relative to the fastest sgd with the same task and ``SHARED`` options."""
+
+    def baseline(row: dict[str, Any]) -> dict[str, Any] | None:
+        keys = ("data", "model", *SHARED)
+        dense = [r for r in rows if r["method"] == "sgd" and all(r.get(k) == row.get(k) for k in keys)]
+        return min(dense, key=lambda r: r["train_seconds"], default=None)
 
     def spread(row: dict[str, Any], key: str, scale: float, digits: int) -> str:
         text = f"{scale * row[key]:.{digits}f}"
@@ -300,7 +309,7 @@ def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
     lines = []
     for r in rows:
-        sgd = dense.get((r["data"], r["model"]))
+        sgd = baseline(r)
         lines.append(
             (
                 r.get("label", r["method"]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import io
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,15 @@ _TEXT = "#010203"
 #: Shown of a run's steps in its timeline.
 TIMELINE_STEPS = 200
 
+#: A network of more layers has a colour bar instead of a name beside every line.
+NAMED_LAYERS = 10
+
+#: What time is spent on, and its colour.
+PARTS = {
+    "fine steps": COLOURS[3], "coarse steps": COLOURS[0], "data": COLOURS[2], "evaluation": COLOURS[1],
+    "checkpoints": COLOURS[6],
+}  # fmt: skip
+
 
 def pyplot() -> Any:
     """matplotlib without a window. Raises RunError where it is missing."""
@@ -33,6 +44,12 @@ def pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Colour, marker and dashes of a line: where the colours begin again, the others change."""
+    again = number // len(COLOURS) % 4
+    return {"color": COLOURS[number % len(COLOURS)], "marker": ".sx^"[again], "ls": ("-", "--", ":", "-.")[again]}
 
 
 def accuracy(row: dict[str, Any]) -> float:
@@ -49,12 +66,13 @@ def curves(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
     """
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for label, rows in runs.items():
+    for i, (label, rows) in enumerate(runs.items()):
+        style = {**_style(i), "ms": 5, "label": label}
         epochs = [float(r["epoch"]) for r in rows]
         seconds = [float(r["train_seconds"]) for r in rows]
-        axes[0].plot(epochs, [float(r["train_loss"]) for r in rows], marker=".", label=label)
-        axes[1].plot(seconds, [accuracy(r) for r in rows], marker=".", label=label)
-        axes[2].plot(epochs, [100 * float(r["density"]) for r in rows], marker=".", label=label)
+        axes[0].plot(epochs, [float(r["train_loss"]) for r in rows], **style)
+        axes[1].plot(seconds, [accuracy(r) for r in rows], **style)
+        axes[2].plot(epochs, [100 * float(r["density"]) for r in rows], **style)
     axes[0].set(xlabel="epoch", ylabel="training loss", yscale="log")
     axes[1].set(xlabel="training time (s)", ylabel="accuracy (%)", xlim=(0, None))
     axes[2].set(xlabel="epoch", ylabel="active weights (%)", yscale="log")
@@ -160,6 +178,7 @@ def _svg(name: str, out: list[str]) -> Iterator[Any]:
         figure, ax = plt.subplots(figsize=(4.6, 3.1), layout="constrained")
         try:
             yield ax
+            description = _description(ax)
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         finally:
@@ -168,7 +187,14 @@ def _svg(name: str, out: list[str]) -> Iterator[Any]:
     text = text[text.index("<svg") :].replace(_TEXT, "currentColor")
     # Several drawings share a page, so every id carries the drawing's name.
     text = text.replace('id="', f'id="{name}-').replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
-    out.append(text)
+    out.append(text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(description)}" ', 1))
+
+
+def _description(ax: Any) -> str:
+    """What a drawing shows, for readers who do not see it."""
+    axes = " against ".join(label for label in (ax.get_ylabel(), ax.get_xlabel()) if label)
+    names = ", ".join(ax.get_legend_handles_labels()[1])
+    return " ".join(f"{axes}: {names}".split())
 
 
 def _log(ax: Any) -> None:
@@ -183,9 +209,19 @@ def _log(ax: Any) -> None:
         which(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _legend(ax: Any, **options: Any) -> None:
-    """Above the axes, where it hides nothing."""
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), **{"ncols": 3, **options})
+def _legend(ax: Any) -> None:
+    """Above the axes, where it hides nothing; the figure grows with it."""
+    handles, texts = ax.get_legend_handles_labels()
+    longest = max(map(len, texts))
+    columns = 3 if longest < 15 else 2 if longest < 28 else 1
+    texts = [textwrap.fill(t, 58) for t in texts]
+    ax.figure.legend(handles, texts, loc="outside upper center", ncols=columns)
+    _grow(ax, 0.17 * (sum(t.count("\n") + 1 for t in texts) / columns - 2))
+
+
+def _grow(ax: Any, inches: float) -> None:
+    """Makes room in the height of the figure."""
+    ax.figure.set_figheight(ax.figure.get_figheight() + max(0.0, inches))
 
 
 #: Rows of history.csv of every seed, by label.
@@ -201,8 +237,8 @@ def lines(
         for i, (label, seeds) in enumerate(runs.items()):
             for k, rows in enumerate(seeds):
                 ax.plot(
-                    [x(r) for r in rows], [y(r) for r in rows], color=COLOURS[i % len(COLOURS)], lw=1.3, marker=".",
-                    ms=4, label=label if k == 0 else None,
+                    [x(r) for r in rows], [y(r) for r in rows], **_style(i), lw=1.3, ms=4,
+                    label=label if k == 0 else None,
                 )  # fmt: skip
         ax.set(**axes)
         if axes["xlabel"] == "epoch":
@@ -210,33 +246,66 @@ def lines(
         if log:
             _log(ax)
         ax.grid(alpha=0.2)
-        _legend(ax, ncols=3 if max(map(len, runs)) < 15 else 1)
+        _legend(ax)
     return out[0]
 
 
 def layers(name: str, rows: list[dict[str, Any]]) -> str:
-    """Density of every layer over the epochs of one run."""
-    names = [k for k in rows[0] if k.startswith("density.")]
+    """Density of every layer over the epochs of one run; no active weight is a line of its own, below all others."""
+    names = [k.removeprefix("density.") for k in rows[0] if k.startswith("density.")]
+    epochs = [float(r["epoch"]) for r in rows]
+    values = np.array([[100 * float(r[f"density.{n}"]) for r in rows] for n in names])
+    nothing = values[values > 0].min(initial=100) / 2
+    gone = [n for n, last in zip(names, values[:, -1], strict=True) if last == 0]
     out: list[str] = []
     with _svg(name, out) as ax:
         shades = pyplot().get_cmap("viridis")(np.linspace(0.25, 0.9, len(names)))
-        for i, key in enumerate(names):
-            ax.plot(
-                [float(r["epoch"]) for r in rows], [100 * float(r[key]) for r in rows], color=shades[i], lw=1.3,
-                marker=".", ms=4, label=key.removeprefix("density."),
-            )  # fmt: skip
-        ax.set(xlabel="epoch", ylabel="active weights (%)")
+        for label, line, shade in zip(names, np.maximum(values, nothing), shades, strict=True):
+            ax.plot(epochs, line, color=shade, lw=1.3, marker=".", ms=4, label=label)
+        note = textwrap.fill(f"no active weight at the end: {', '.join(gone)}", 60) if gone else ""
+        ax.set(xlabel=f"epoch\n{note}".strip(), ylabel="active weights (%)")
+        _grow(ax, 0.17 * note.count("\n"))
         ax.locator_params("x", integer=True)
         _log(ax)
         ax.grid(alpha=0.2)
-        # Many layers: the first and the last, and shades between them.
-        handles, texts = ax.get_legend_handles_labels()
-        few = range(len(names)) if len(names) <= 9 else (0, len(names) // 2, -1)
-        ax.legend(
-            [handles[i] for i in few], [texts[i] for i in few], title="layer", loc="center left",
-            bbox_to_anchor=(1, 0.5), title_fontsize=8,
-        )  # fmt: skip
+        if len(names) <= NAMED_LAYERS:
+            _name_lines(ax, names)
+        else:
+            _layer_bar(ax, names)
+        if (values == 0).any():
+            ax.axhline(nothing, color=_TEXT, lw=0.8, ls=":", zorder=1)
+            ax.annotate("none", (0, nothing), (3, 2), xycoords=ax.get_yaxis_transform(), textcoords="offset points")
     return out[0]
+
+
+def _name_lines(ax: Any, names: list[str]) -> None:
+    """Names right of the ends of the axes' lines, moved apart where they would lie on each other."""
+    ax.set_ylim(ax.get_ylim())  # later changes would move the ends
+    ends = np.array([line.get_xydata()[-1] for line in ax.lines])
+    heights = (ax.transScale + ax.transLimits).transform(ends)[:, 1]  # 0 to 1 over the axes
+    order = np.argsort(heights, kind="stable")
+    gaps = 0.07 * np.arange(len(names))
+    places = np.maximum.accumulate(heights[order] - gaps) + gaps
+    places = np.minimum(places, 1 - gaps[::-1])
+    for i, place in zip(order, places, strict=True):
+        ax.annotate(
+            names[i], ends[i], (1.04, place), textcoords="axes fraction", va="center", fontsize=8,
+            arrowprops={"arrowstyle": "-", "color": ax.lines[i].get_color(), "lw": 0.7, "shrinkA": 1, "shrinkB": 2},
+        )  # fmt: skip
+
+
+def _layer_bar(ax: Any, names: list[str]) -> None:
+    """A bar of the lines' colours, with the names of the first layer and the last."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap
+
+    # With more colours it would become a bitmap.
+    shades = ListedColormap(pyplot().get_cmap("viridis")(np.linspace(0.25, 0.9, 40)))
+    bar = ax.figure.colorbar(ScalarMappable(cmap=shades), ax=ax, ticks=[0, 1], aspect=30)
+    bar.ax.set_yticklabels([f"{names[0]}\n(first layer)", f"{names[-1]}\n(last layer)"], fontsize=8)
+    bar.ax.invert_yaxis()
+    bar.solids.set_edgecolor("face")
+    bar.outline.set_visible(False)
 
 
 def timeline(name: str, coarse: np.ndarray, seconds: np.ndarray) -> str:
@@ -257,17 +326,19 @@ def timeline(name: str, coarse: np.ndarray, seconds: np.ndarray) -> str:
 
 
 def breakdown(name: str, times: dict[str, dict[str, float]]) -> str:
-    """Seconds by what they were spent on: a bar for every label."""
+    """Seconds by what they were spent on (see ``PARTS``): a bar for every label."""
     out: list[str] = []
     with _svg(name, out) as ax:
         left = np.zeros(len(times))
-        labels = list(times)
-        for part, colour in zip(next(iter(times.values())), (COLOURS[3], *COLOURS[:2], COLOURS[6]), strict=False):
-            values = np.array([t[part] for t in times.values()])
-            ax.barh(labels, values, left=left, color=colour, label=part, height=0.6)
-            left += values
+        labels = [textwrap.fill(label, 22) for label in times]
+        for part, colour in PARTS.items():
+            if any(part in t for t in times.values()):
+                values = np.array([t.get(part, 0.0) for t in times.values()])
+                ax.barh(labels, values, left=left, color=colour, label=part, height=0.6)
+                left += values
         ax.invert_yaxis()
         ax.set(xlabel="wall-clock time (s)")
         ax.grid(alpha=0.2, axis="x")
-        _legend(ax, ncols=2)
+        _grow(ax, 0.16 * len(labels) * (max(label.count("\n") for label in labels) + 1.5) - 2.2)
+        _legend(ax)
     return out[0]

@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import statistics
+import sys
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,21 @@ FACTS = {
     "isa": "instruction set", "torch": "torch", "python": "Python", "version": "sparsebreg",
 }  # fmt: skip
 
+#: Of the table of runs.
+RUN_HEAD = ("method", "seed", "test accuracy %", "sparsity %", "train s", "memory format")
+
+#: How the data's time was told from the steps.
+DATA_NOTE = (
+    "Data: batches and augmentation, a part of the training time. It is measured as a whole and taken out of fine and "
+    "coarse steps in equal shares, since every step takes one batch; where “-” stands, the steps contain it."
+)
+
 
 @dataclass
 class Run:
     """A finished run as its folder tells it."""
 
+    folder: Path
     result: dict[str, Any]
     history: list[dict[str, Any]]
     coarse: np.ndarray
@@ -46,6 +58,11 @@ class Run:
         """What runs have in common that differ by their seed alone."""
         return {k: v for k, v in self.result["config"].items() if k not in FREE and k != "seed"}
 
+    @property
+    def split(self) -> str:
+        """What the history's accuracy is of."""
+        return "validation" if "validation_accuracy" in self.history[0] else "test"
+
 
 def read(folder: Path) -> tuple[list[Run], list[str]]:
     """The finished runs below a folder, and the names of unfinished ones. Raises RunError."""
@@ -55,15 +72,20 @@ def read(folder: Path) -> tuple[list[Run], list[str]]:
     for path in sorted(folder.rglob("result.json")):
         try:
             result = json.loads(path.read_text())
+            if not isinstance(result, dict):
+                raise TypeError(expected("result.json", "an object", type(result).__name__))
             with open(path.with_name("history.csv"), newline="") as file:
                 history = list(csv.DictReader(file))
             with np.load(path.with_name("steps.npz")) as steps:
                 coarse, seconds = steps["phase"] == PHASES.index("coarse"), steps["seconds"]
-            run = Run(result, history, coarse, seconds)
+            run = Run(path.parent, result, history, coarse, seconds)
             # Each raises for a result that is not whole.
-            _ = row([result]), run.options, _breakdown([run]), result["command"], result["info"], history[-1]["flops"]
+            _ = row([result]), run.options, _breakdown([run]), _run_cells("", run), result["command"], result["info"]
+            _ = history[-1]["flops"]
             runs.append(run)
-        except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        except (
+            OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, zipfile.BadZipFile,
+        ) as error:  # fmt: skip
             raise RunError(expected(str(path.parent), "the files of a finished run", repr(error))) from error
     unfinished = [
         str(p.parent.relative_to(folder))
@@ -73,6 +95,23 @@ def read(folder: Path) -> tuple[list[Run], list[str]]:
     if not runs:
         raise RunError(expected("folder", "a result.json somewhere below", f"none in {folder}"))
     return runs, unfinished
+
+
+def comparisons(folder: Path) -> dict[Path, str]:
+    """The commands of the comparisons in a folder and below, by the comparison's folder. Raises RunError."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    commands = {}
+    for path in sorted(folder.rglob("comparison.toml")):
+        try:
+            command = tomllib.loads(path.read_text(encoding="utf-8")).get("command")
+        except (OSError, ValueError) as error:
+            raise RunError(expected(str(path), "a readable TOML file", error)) from error
+        if isinstance(command, str):
+            commands[path.parent] = command
+    return commands
 
 
 def grouped(runs: list[Run]) -> dict[str, list[Run]]:
@@ -101,26 +140,59 @@ def _power(exponent: int) -> str:
 
 
 def _breakdown(runs: list[Run]) -> dict[str, float]:
-    """Mean seconds of a run by what they were spent on."""
+    """Mean seconds of a run by what they were spent on (see ``plots.PARTS``); "data" where all runs know it."""
     keys = {"fine steps": "fine", "coarse steps": "coarse", "evaluation": "evaluation", "checkpoints": "checkpoint"}
-    return {k: statistics.mean(r.result[f"{v}_seconds"] for r in runs) for k, v in keys.items()}
+    parts = {k: statistics.mean(r.result[f"{v}_seconds"] for r in runs) for k, v in keys.items()}
+    if all(r.result.get("data_seconds") is not None for r in runs):
+        # Measured over all steps alone. Every step, fine or coarse, takes one batch, so every step gives the same.
+        coarse = statistics.mean(r.result["data_seconds"] * float(r.coarse.mean()) for r in runs)
+        parts["data"] = statistics.mean(r.result["data_seconds"] for r in runs)
+        parts["coarse steps"] = max(0.0, parts["coarse steps"] - coarse)
+        parts["fine steps"] = max(0.0, parts["fine steps"] - (parts["data"] - coarse))
+    return parts
 
 
-def _task(number: int, runs: list[Run]) -> dict[str, Any]:
+def _time_table(times: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the table of mean seconds."""
+    parts = [p for p in plots.PARTS if any(p in t for t in times.values())]
+    lines = [[label] + [f"{t[p]:.2f}" if p in t else "-" for p in parts] for label, t in times.items()]
+    return ["method", *(f"{p} s" for p in parts)], lines
+
+
+def _run_cells(label: str, run: Run) -> list[str]:
+    """A line of the table of runs, under ``RUN_HEAD``."""
+    r = run.result
+    numbers = (f"{r['test_accuracy']:.2f}", f"{100 * r['sparsity']:.1f}", f"{r['train_seconds']:.2f}")
+    return [label, str(r["seed"]), *numbers, str(r.get("memory_format", "-"))]
+
+
+def _commands(groups: dict[str, list[Run]], compared: dict[Path, str]) -> list[str]:
+    """The commands of a task's runs, after those of the comparisons that they are of."""
+    runs = [r for g in groups.values() for r in g]
+    whole = [command for path, command in compared.items() if any(path in r.folder.parents for r in runs)]
+    single = [r.result["command"] for r in runs]
+    return ["# all runs", *whole, "# one by one", *single] if whole else single
+
+
+def _task(number: int, runs: list[Run], compared: dict[Path, str]) -> dict[str, Any]:
     """What the page shows of a task."""
     groups = grouped(runs)
     rows = [{**row([r.result for r in g]), "label": label} for label, g in groups.items()]
     histories = {label: [r.history for r in g] for label, g in groups.items()}
-    kind = "validation" if runs[0].result["validation_accuracy"] is not None else "test"
+    times = {label: _breakdown(g) for label, g in groups.items()}
+    splits = {r.split for r in runs}
+    measured, kind = histories, f"{runs[0].split} accuracy (%)"
+    if len(splits) > 1:  # a line says itself what it is of
+        measured, kind = {f"{k}, {g[0].split}": histories[k] for k, g in groups.items()}, "accuracy (%)"
     most = max(float(r.history[-1]["flops"]) for r in runs)
     power = int(np.log10(max(most, 1))) // 3 * 3
     figures = [
         ("Accuracy against time",
-         plots.lines(f"time{number}", histories, lambda r: float(r["train_seconds"]), plots.accuracy,
-                     xlabel="training time (s)", ylabel=f"{kind} accuracy (%)")),
+         plots.lines(f"time{number}", measured, lambda r: float(r["train_seconds"]), plots.accuracy,
+                     xlabel="training time (s)", ylabel=kind)),
         ("Accuracy against work",
-         plots.lines(f"flops{number}", histories, lambda r: float(r["flops"]) / 10**power, plots.accuracy,
-                     xlabel=f"floating-point operations ({_power(power)})", ylabel=f"{kind} accuracy (%)")),
+         plots.lines(f"flops{number}", measured, lambda r: float(r["flops"]) / 10**power, plots.accuracy,
+                     xlabel=f"floating-point operations ({_power(power)})", ylabel=kind)),
         ("Training loss",
          plots.lines(f"loss{number}", histories, lambda r: float(r["epoch"]), lambda r: float(r["train_loss"]),
                      xlabel="epoch", ylabel="training loss", log=True)),
@@ -128,7 +200,7 @@ def _task(number: int, runs: list[Run]) -> dict[str, Any]:
          plots.lines(f"density{number}", histories, lambda r: float(r["epoch"]), lambda r: 100 * float(r["density"]),
                      xlabel="epoch", ylabel="active weights (%)", log=True)),
         ("Where the time went",
-         plots.breakdown(f"parts{number}", {label: _breakdown(g) for label, g in groups.items()})),
+         plots.breakdown(f"parts{number}", times)),
     ]  # fmt: skip
     for i, (label, group) in enumerate(groups.items()):
         first = group[0]
@@ -143,7 +215,10 @@ def _task(number: int, runs: list[Run]) -> dict[str, Any]:
         "rows": rows,
         "cells": cells(rows),
         "figures": figures,
-        "commands": [r.result["command"] for g in groups.values() for r in g],
+        "times": _time_table(times),
+        "data_known": any("data" in t for t in times.values()),
+        "runs": [_run_cells(label, r) for label, g in groups.items() for r in g],
+        "commands": _commands(groups, compared),
     }
 
 
@@ -167,19 +242,23 @@ def report(folder: Path) -> list[Path]:
     except ImportError as error:
         raise RunError(expected("report", "jinja2 (pip install 'sparsebreg[train]')", error)) from error
     runs, unfinished = read(folder)
+    compared = comparisons(folder)
     tasks = [
-        _task(i, [r for r in runs if r.task == task]) for i, task in enumerate(dict.fromkeys(r.task for r in runs))
+        _task(i, [r for r in runs if r.task == task], compared)
+        for i, task in enumerate(dict.fromkeys(r.task for r in runs))
     ]
     facts = _facts(runs)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
+    title = folder.resolve().name
     page = environment.get_template("report.html").render(
-        title=folder.resolve().name, tasks=tasks, head=HEAD, facts=facts, unfinished=unfinished
+        title=title, tasks=tasks, head=HEAD, run_head=RUN_HEAD, facts=facts, unfinished=unfinished, note=DATA_NOTE
     )
     write(folder / "report.html", page)
-    write(folder / "report.md", _markdown(folder.resolve().name, tasks, facts, unfinished))
+    picture = "curves.png" if (folder / "curves.png").exists() else None
+    write(folder / "report.md", _markdown(title, tasks, facts, unfinished, picture))
     text = io.StringIO()
     rows = [r for t in tasks for r in t["rows"]]
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
@@ -189,12 +268,21 @@ def report(folder: Path) -> list[Path]:
     return [folder / f"report.{end}" for end in ("html", "md", "csv")]
 
 
-def _markdown(title: str, tasks: list[dict[str, Any]], facts: list[tuple[str, str]], unfinished: list[str]) -> str:
-    align = ("left",) + ("right",) * (len(HEAD) - 1)
+def _markdown(
+    title: str, tasks: list[dict[str, Any]], facts: list[tuple[str, str]], unfinished: list[str], picture: str | None
+) -> str:
+    def table(head: Sequence[str], lines: list[Sequence[str]]) -> str:
+        align = ("left",) + ("right",) * (len(head) - 1)
+        return tabulate(lines, head, tablefmt="github", disable_numparse=True, colalign=align)
+
     parts = [f"# {title}"]
+    if picture:
+        parts.append(f"![loss against epochs, accuracy against time, density against epochs]({picture})")
     for task in tasks:
-        table = tabulate(task["cells"], HEAD, tablefmt="github", disable_numparse=True, colalign=align)
-        parts += [f"## {task['name']}", table, "```\n" + "\n".join(task["commands"]) + "\n```"]
+        parts += [f"## {task['name']}", table(HEAD, task["cells"]), "Mean seconds of a run:", table(*task["times"])]
+        if task["data_known"]:
+            parts.append(DATA_NOTE)
+        parts += ["Runs:", table(RUN_HEAD, task["runs"]), "```\n" + "\n".join(task["commands"]) + "\n```"]
     if unfinished:
         parts.append("Not finished: " + ", ".join(unfinished))
     parts += ["## Machine", tabulate(facts, ("fact", "value"), tablefmt="github", disable_numparse=True)]

@@ -233,7 +233,7 @@ void narrow_forward(const LinearArgs<T>& a) {
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
   for (int part = 0; part < parts; ++part)
     narrow_rows_any<T, false>(p, a.x, linear_part(p.ptr, p.dst_features, parts, part),
-                             linear_part(p.ptr, p.dst_features, parts, part + 1));
+                              linear_part(p.ptr, p.dst_features, parts, part + 1));
 }
 
 template <class T>
@@ -247,7 +247,7 @@ void narrow_backward(const LinearArgs<T>& a) {
 #pragma omp for schedule(static) nowait
       for (int part = 0; part < back_parts; ++part)
         narrow_rows_any<T, true>(back, a.grad_y, linear_part(back.ptr, back.dst_features, back_parts, part),
-                                linear_part(back.ptr, back.dst_features, back_parts, part + 1));
+                                 linear_part(back.ptr, back.dst_features, back_parts, part + 1));
     }
     const int wanted = a.grad_values || a.grad_bias ? parts : 0;
 #pragma omp for schedule(static)

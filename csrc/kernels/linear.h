@@ -188,8 +188,9 @@ void compute_unit(const LinearPass<T>& p, const Share& s, int64_t u, int q, T* g
               linear_part(p.ptr, p.dst_features, s.parts, q + 1), group);
 }
 
-// Very small batches would leave most lanes empty: there a sum runs over the nonzeros of a row instead.
-constexpr int NARROW = 4;
+// One or two samples would leave most lanes empty: there a sum runs over the nonzeros of a row instead. From three on
+// that is slower.
+constexpr int NARROW = 2;
 
 template <class T>
 SB_INLINE bool is_narrow(const LinearArgs<T>& a) {
@@ -220,10 +221,7 @@ void narrow_rows(const LinearPass<T>& p, const T* src, int64_t d0, int64_t d1) {
 
 template <class T, bool ORDERED>
 void narrow_rows_any(const LinearPass<T>& p, const T* src, int64_t d0, int64_t d1) {
-  if (p.N == 1) return narrow_rows<T, 1, ORDERED>(p, src, d0, d1);
-  if (p.N == 2) return narrow_rows<T, 2, ORDERED>(p, src, d0, d1);
-  if (p.N == 3) return narrow_rows<T, 3, ORDERED>(p, src, d0, d1);
-  return narrow_rows<T, 4, ORDERED>(p, src, d0, d1);
+  p.N == 1 ? narrow_rows<T, 1, ORDERED>(p, src, d0, d1) : narrow_rows<T, 2, ORDERED>(p, src, d0, d1);
 }
 
 template <class T>

@@ -249,8 +249,10 @@ def choose_format(config: Config, data: datasets.Dataset) -> str:
     """
     if config.memory_format != "auto":
         return config.memory_format
+    if not METHODS[config.method].dense:
+        return "contiguous"
     runs = [Run(config, data, name) for name in ("contiguous", "channels_last")]
-    if not METHODS[config.method].dense or not any(isinstance(m, nn.Conv2d) for m in runs[0].model.modules()):
+    if not any(isinstance(m, nn.Conv2d) for m in runs[0].model.modules()):
         return "contiguous"
     first = data.train.take(torch.arange(min(config.batch_size, len(data.train))))
     x = data.standardise(first.images)

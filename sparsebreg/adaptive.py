@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -67,8 +67,9 @@ class LambdaScheduler:
         target: the Multilevel, or a Bregman optimizer; not frozen.
         target_sparsity: zeros as a fraction of all weights of linear and convolution layers (with an optimizer alone:
             of all regularised ones), in (0, 1).
-        per_layer: every regularised layer has a λ of its own and reaches the target by itself. Parameter groups are
-            split for this, so make the scheduler before those of the learning rate.
+        per_layer: every regularised layer has a λ of its own and reaches the target by itself; or one of its own: a
+            mapping from names of layers to sparsities in (0, 1), for a Multilevel. Parameter groups are split for this,
+            so make the scheduler before those of the learning rate.
         ramp: the target itself moves from the present sparsity, "linear" or "cubic" (Zhu, Gupta, arXiv 1710.01878).
         ramp_steps: calls of ``step`` until the ramp ends.
         on_change: "shift", "keep" or "rescale".
@@ -89,7 +90,7 @@ class LambdaScheduler:
         self,
         target: Multilevel | BregmanOptimizer,
         target_sparsity: float = 0.95,
-        per_layer: bool = False,
+        per_layer: bool | Mapping[str, float] = False,
         ramp: str | None = None,
         ramp_steps: int = 0,
         on_change: str = "shift",
@@ -126,7 +127,8 @@ class LambdaScheduler:
             raise ValueError(
                 expected("target_sparsity", f"at most {bound:.4g} (the rest is not regularised)", target_sparsity)
             )
-        self.per_layer = bool(per_layer)
+        own = self._own_targets(per_layer) if isinstance(per_layer, Mapping) else {}
+        self.per_layer = isinstance(per_layer, Mapping) or bool(per_layer)
         if self.per_layer:
             self._split()
         #: Parameters by their place in the optimizer, which the swaps leave alone: (group, position), name, size.
@@ -139,6 +141,7 @@ class LambdaScheduler:
         self._sizes = [p.numel() for p in params]
         units = [[k] for k in range(len(params))] if self.per_layer else [list(range(len(params)))]
         self._units = units
+        self._targets = [own.get(self._names[unit[0]], self.target_sparsity) for unit in units]
         self._gains, self._signs = [self.gain] * len(units), [0] * len(units)
         self._counted: list[int] | None = None
         self._steps = self._moved = 0
@@ -156,9 +159,9 @@ class LambdaScheduler:
     def goals(self) -> list[float]:
         """The target at this point of the ramp: one, or with ``per_layer`` one per layer."""
         if self.ramp is None:
-            return [self.target_sparsity] * len(self._units)
+            return list(self._targets)
         done = RAMPS[self.ramp](min(1.0, self._steps / self.ramp_steps))
-        return [s + (self.target_sparsity - s) * done for s in self._from]
+        return [s + (t - s) * done for s, t in zip(self._from, self._targets, strict=True)]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -216,6 +219,18 @@ class LambdaScheduler:
         layers = {id(m.weight): m for m in self.cycle.model.modules() if isinstance(m, REGULARISED)}
         fixed = [m for i, m in layers.items() if i not in reached]
         return fixed, sum(m.weight.numel() for m in fixed)
+
+    def _own_targets(self, targets: Mapping[str, float]) -> dict[str, float]:
+        """Checked, by name of the parameter."""
+        if self.cycle is None:
+            raise ValueError(expected("per_layer", "True or False for an optimizer alone", "targets by name"))
+        reached = {id(p) for g in self.optimizer.param_groups if g["reg"].sparse for p in g["params"]}
+        known = [n.rpartition(".")[0] for n, p in self.cycle.model.named_parameters() if id(p) in reached]
+        for name, target in targets.items():
+            check_choice("per_layer: layer", name, known)
+            if check_real(f"per_layer['{name}']", target, low=0, strict=True) >= 1:
+                raise ValueError(expected(f"per_layer['{name}']", "a number below 1", target))
+        return {f"{name}.weight": float(target) for name, target in targets.items()}
 
     def _split(self) -> None:
         groups = self.optimizer.param_groups

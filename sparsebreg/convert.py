@@ -214,7 +214,6 @@ def plan_freeze(
         pattern = None
         if weight.device.type == "cpu":
             pattern = SparsePattern.from_mask(masks[name]) if name in masks else SparsePattern.from_nonzeros(weight)
-        nnz = pattern.nnz if pattern is not None else weight.numel()
         group = groups.get(id(weight))
         if not reason and module is model:
             reason = "is the model itself and cannot be replaced in place"
@@ -224,7 +223,10 @@ def plan_freeze(
             reason = "shares its weight with another module"
         if not reason and bregman and group is not None and not group["reg"].sparse:
             reg = type(group["reg"])
-            reason = "not regularised" if reg is NoReg else f"{reg.__name__} makes no zeros"
+            if reg is NoReg and decider.at_any_density(module):
+                pattern = SparsePattern.from_mask(torch.ones_like(weight, dtype=torch.bool))  # zeros may move
+            else:
+                reason = "not regularised" if reg is NoReg else f"{reg.__name__} makes no zeros"
         action = "dense"
         if not reason:
             plan.able.append(name)
@@ -237,6 +239,7 @@ def plan_freeze(
                 )
             plan.patterns[name] = pattern
             taken.add(id(weight))
+        nnz = pattern.nnz if pattern is not None else weight.numel()
         empty = (pattern.empty_rows, pattern.empty_channels) if pattern is not None else ()
         plan.report.layers.append(LayerReport(name, kind(module), tuple(weight.shape), nnz, action, reason, *empty))
     if bregman:

@@ -155,12 +155,16 @@ class Decider:
         density = load.break_even(self.costs, *ways) if load else None
         return max(self.config.min_sparsity, 0.0 if density is None else 1 - density)
 
+    def at_any_density(self, module: nn.Module) -> bool:
+        """Whether the layer becomes sparse even with all of its weights active."""
+        return self.config.decide == "auto" and _small(module)
+
     def __call__(self, name: str, module: nn.Module, pattern: SparsePattern) -> tuple[bool, str]:
         """Whether a layer that has a sparse form becomes sparse, and why."""
         sparsity, least = 1 - pattern.density, self.config.min_sparsity
         if self.config.decide == "always":
             return True, "decide='always'"
-        if self.config.decide == "auto" and _small(module):
+        if self.at_any_density(module):
             return True, f"at most {SMALL} weights an output channel"
         if sparsity < least:
             return False, f"sparsity {sparsity:.2%} is below {least:.2%}"

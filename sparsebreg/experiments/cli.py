@@ -18,6 +18,7 @@ from sparsebreg.experiments.data import DATASETS
 from sparsebreg.experiments.methods import METHODS
 from sparsebreg.experiments.shapes import SUITES
 from sparsebreg.experiments.train import Stopped, train
+from sparsebreg.initialize import DISTRIBUTIONS
 from sparsebreg.models import MODELS
 
 #: Options of a comparison that are lists.
@@ -53,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--epochs", type=int, help="default: 5, or the data set's own")
         p.add_argument("--batch-size", type=int)
         p.add_argument("--lr", type=float, help="default: the method's own")
+        p.add_argument("--sparse-lr", type=float, help="that of regularised weights, as a multiple of --lr")
+        p.add_argument("--warmup", type=float, help="epochs over which the learning rate rises")
         p.add_argument("--momentum", type=float, help="default: the method's own")
         p.add_argument("--delta", type=float, help="elastic-net parameter δ")
         p.add_argument("--weight-decay", type=float)
@@ -63,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         p.add_argument("--coarse-steps", type=int, help="coarse steps per fine step (ml- methods)")
         p.add_argument("--init-density", type=float, help="density of the sparse start")
-        p.add_argument("--init-distribution", help="of the sparse start over the layers: uniform or erk")
+        p.add_argument("--init-distribution", help=f"of the density over the layers: one of {', '.join(DISTRIBUTIONS)}")
         p.add_argument("--schedule", help=f"of the learning rate: one of {', '.join(SCHEDULES)}")
         p.add_argument("--threads", type=int, help="default: torch's")
         p.add_argument("--memory-format", help=f"of convolutions: one of {', '.join(FORMATS)}; auto: the faster one")

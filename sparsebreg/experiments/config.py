@@ -35,7 +35,9 @@ FREE = ("out", "data_dir", "checkpoint_minutes")
 class Config:
     """What a run is. None: the default of the method, model or data set (see ``METHODS`` and ``FOR_DATA``).
 
-    ``epochs`` is 5 and ``augment`` off where the data set says nothing else; ``threads`` is torch's own number.
+    ``epochs`` is 5, ``augment`` off and ``warmup`` (epochs over which the learning rate rises) 0 where nothing else is
+    said; ``threads`` is torch's own number. ``sparse_lr`` is the learning rate of regularised weights as a multiple of
+    ``lr``. With ``per_layer`` every layer has a target of its own, distributed as ``init_distribution``.
     """
 
     data: str = "digits"
@@ -48,6 +50,8 @@ class Config:
     epochs: int | None = None
     batch_size: int = 128
     lr: float | None = None
+    sparse_lr: float | None = None
+    warmup: float | None = None
     momentum: float | None = None
     delta: float = 1.0
     weight_decay: float = 0.0
@@ -75,7 +79,7 @@ class Config:
         for name in special() - set(method.defaults):
             if name in given:
                 raise ValueError(expected(name, f"no value for the method {self.method}", given[name]))
-        defaults = {"epochs": 5, "augment": False, "threads": torch.get_num_threads()}
+        defaults = {"epochs": 5, "augment": False, "warmup": 0.0, "threads": torch.get_num_threads()}
         if self.target_sparsity is not None:
             target = check_real("target_sparsity", self.target_sparsity, low=0, strict=True)
             if target >= 1:
@@ -94,7 +98,7 @@ class Config:
         for name in ("seed", "coarse_steps"):
             if getattr(c, name) is not None:
                 check_int(name, getattr(c, name), low=0)
-        for name in ("lr", "lam", "momentum", "weight_decay", "checkpoint_minutes"):
+        for name in ("lr", "sparse_lr", "warmup", "lam", "momentum", "weight_decay", "checkpoint_minutes"):
             if getattr(c, name) is not None:
                 check_real(name, getattr(c, name), low=0)
         check_real("delta", c.delta, low=0, strict=True)

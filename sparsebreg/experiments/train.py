@@ -32,7 +32,7 @@ from sparsebreg.experiments import checkpoint
 from sparsebreg.experiments import data as datasets
 from sparsebreg.experiments.config import SCHEDULES, Config
 from sparsebreg.experiments.files import atomic, locked, prepare_folder, write
-from sparsebreg.experiments.methods import METHODS
+from sparsebreg.experiments.methods import METHODS, layer_targets
 from sparsebreg.experiments.timing import interleave
 from sparsebreg.models import MODELS
 
@@ -96,7 +96,8 @@ class Run:
         self.lam: Any = None
         if config.target_sparsity is not None and METHODS[config.method].bregman:
             steps = self.cycle if isinstance(self.cycle, sb.Multilevel) else self.optimizer
-            self.lam = sb.LambdaScheduler(steps, config.target_sparsity, per_layer=bool(config.per_layer))
+            targets = layer_targets(self.model, config) if config.per_layer else False
+            self.lam = sb.LambdaScheduler(steps, config.target_sparsity, per_layer=targets)
         self.schedule = self._schedule(self.optimizer)
         self.layer_flops = flops.per_layer(self.model, (1, *data.shape))
         self.step_flops = flops.step_flops(self.layer_flops, self.model)
@@ -115,7 +116,10 @@ class Run:
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         factor = SCHEDULES[self.config.schedule]
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / self.steps))
+        rise = max(1.0, self.config.warmup * len(self.batches))  # type: ignore[operator]
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / rise) * factor(step / self.steps)
+        )
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
         """One training step; returns the loss."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -38,30 +37,25 @@ def uniform_densities(model: nn.Module, density: float, filter_fn: Filter | None
     return dict.fromkeys(layers, check_real("density", density, low=0, strict=True, high=1))
 
 
-def erk_densities(
-    model: nn.Module, density: float, filter_fn: Filter | None = None, power: float = 1.0
-) -> dict[str, float]:
+def erk_densities(model: nn.Module, density: float, filter_fn: Filter | None = None) -> dict[str, float]:
     """Erdős-Rényi-kernel densities: small layers are denser, and over all weights the density is ``density``.
 
-    A layer with weight (OC, IC, KH, KW) gets a density proportional to (OC + IC + KH + KW) / (OC · IC · KH · KW) to the
-    ``power``, at most 1.
+    A layer with weight (OC, IC, KH, KW) gets a density proportional to (OC + IC + KH + KW) / (OC · IC · KH · KW), at
+    most 1.
 
     Source: Evci et al., arXiv 1911.11134; Mocanu et al., Nature Communications 9 (2018), for linear layers.
 
     Args:
         density: of all these layers together, in (0, 1].
         filter_fn: called with (module, qualified name); layers for which it is false are left out.
-        power: 1 as in the papers; 0 gives every layer the same density. In between, small layers are denser and a
-            convolutional network, whose small layers have large images, does not cost much more than with 0.
 
     Raises:
-        TypeError, ValueError: for another density or power, or a model without such layers.
+        TypeError, ValueError: for another density, or a model without such layers.
     """
     layers = _layers(model, filter_fn)
     density = check_real("density", density, low=0, strict=True, high=1)
-    power = check_real("power", power, low=0)
     sizes = {n: m.weight.numel() for n, m in layers.items()}
-    raw = {n: (sum(m.weight.shape) / max(1, sizes[n])) ** power for n, m in layers.items()}
+    raw = {n: sum(m.weight.shape) / max(1, sizes[n]) for n, m in layers.items()}
     budget = density * sum(sizes.values())
     full: set[str] = set()
     while True:
@@ -74,11 +68,7 @@ def erk_densities(
 
 
 #: Distributions of a density over layers.
-DISTRIBUTIONS: dict[str, Callable[[nn.Module, float, Filter | None], dict[str, float]]] = {
-    "uniform": uniform_densities,
-    "erk": erk_densities,
-    "erk-mild": functools.partial(erk_densities, power=1 / 3),
-}
+DISTRIBUTIONS = {"uniform": uniform_densities, "erk": erk_densities}
 
 
 def layer_densities(
@@ -115,8 +105,8 @@ def sparse_init_(
         density: in (0, 1].
         filter_fn: called with (module, qualified name); layers for which it is false keep their weights.
         generator: random source; default: torch's.
-        distribution: "uniform", "erk" (see :func:`erk_densities`), "erk-mild" (the same to the power of 1/3), or
-            densities by layer name instead of ``density``; layers without a name in it stay.
+        distribution: "uniform", "erk" (see :func:`erk_densities`), or densities by layer name instead of ``density``;
+            layers without a name in it stay.
         groups: "weights" are kept one by one, "kernels" of convolutions (``w[o, i]``) as a whole.
         gain: the kept weights are rescaled to mean square gain² / fan_in over all the layer's weights, instead of that
             of the dense initialisation: a number, or a name for ``torch.nn.init.calculate_gain``. "relu" keeps the mean

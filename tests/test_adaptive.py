@@ -98,6 +98,22 @@ def test_per_layer(coarse_steps, one_thread):
     assert sum(len(g["params"]) for g in optimizer.param_groups) == 4
 
 
+def test_targets_by_layer(one_thread):
+    model, optimizer, *rest = make("linbreg", 0.3, 9, target_sparsity=0.85, per_layer={"2": 0.7})
+    run(model, optimizer, *rest, 900)
+    first, last = sparsities(model)
+    assert first == pytest.approx(0.85, abs=0.02)
+    assert last == pytest.approx(0.7, abs=0.02)
+
+
+def test_ramp_to_targets_by_layer():
+    *_, scheduler = make(coarse_steps=3, per_layer={"0": 0.5}, target_sparsity=0.9, ramp="linear", ramp_steps=10)
+    start = scheduler.goals()
+    for _ in range(5):
+        scheduler._steps += 1
+    assert scheduler.goals() == pytest.approx([(s + t) / 2 for s, t in zip(start, (0.5, 0.9), strict=True)])
+
+
 def test_the_law():
     """Without a bound by a quantile (ProxSGD has no v) λ follows the formula alone."""
     model, optimizer, cycle, scheduler = make("proxsgd", 0.05, target_sparsity=0.9, every=1, gain=0.3)
@@ -272,6 +288,12 @@ class TestBadInput:
         torch.optim.lr_scheduler.ConstantLR(optimizer)
         with pytest.raises(ValueError, match="per_layer: expected a scheduler made before those of the learning rate"):
             sb.LambdaScheduler(optimizer, per_layer=True)
+        with pytest.raises(ValueError, match="per_layer: expected True or False for an optimizer alone"):
+            make(per_layer={"0": 0.9})
+        with pytest.raises(ValueError, match="per_layer: layer: expected one of 0, 2, got 'third'"):
+            make(coarse_steps=3, per_layer={"third": 0.9})
+        with pytest.raises(ValueError, match=r"per_layer\['2'\]: expected a number below 1, got 1"):
+            make(coarse_steps=3, per_layer={"2": 1})
         model, optimizer, cycle, _ = make(coarse_steps=3)
         cycle.freeze()
         with pytest.raises(ValueError, match="target: expected a model that is not frozen, got a frozen one"):

@@ -16,7 +16,8 @@ import torch
 from test_data import write
 
 import sparsebreg as sb
-from sparsebreg.experiments import cli, data, train
+from sparsebreg.convert import iter_weights
+from sparsebreg.experiments import cli, data, methods, train
 from sparsebreg.experiments.compare import plan
 from sparsebreg.experiments.config import Config, read_toml
 from sparsebreg.experiments.methods import METHODS
@@ -224,6 +225,39 @@ def test_schedules(schedule, factor):
         assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.2 * factor(i / 36))
         run.optimizer.step()
         run.schedule.step()
+
+
+def test_warmup():
+    config = Config(method="sgd", epochs=3, lr=0.2, warmup=0.5).resolved()
+    run = train.Run(config, data.load("digits"))
+    rates = []
+    for _ in range(36):
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        run.optimizer.step()
+        run.schedule.step()
+    full = [0.1 * (1 + math.cos(math.pi * i / 36)) for i in range(36)]
+    assert rates == pytest.approx([f * min(1, (i + 1) / 6) for i, f in enumerate(full)])
+
+
+def test_learning_rate_of_sparse_weights():
+    config = Config(method="ml-linbreg", lr=0.5, sparse_lr=3.0).resolved()
+    run = train.Run(config, data.load("digits"))
+    for group in run.optimizer.param_groups:
+        assert group["lr"] == (1.5 if group["reg"].sparse else 0.5)
+
+
+def test_targets_follow_the_distribution():
+    """Layers too small for a pattern of their own have no λ."""
+    options = {"model": "resnet18", "target_sparsity": 0.95, "data": "synthetic", "init_distribution": "erk"}
+    config = Config(**options).resolved()
+    run = train.Run(config, data.load("synthetic"))
+    wanted = methods.layer_targets(run.model, config)
+    assert set(wanted) == {n for n, _, _ in iter_weights(run.model)} - {"0", "13"}
+    assert wanted["3.conv1"] < 0.8 < 0.95 < wanted["10.conv2"]
+    sizes = {n: t for n, _, t in iter_weights(run.model)}
+    active = sum((1 - s) * sizes[n] for n, s in wanted.items())
+    assert active / sum(sizes[n] for n in wanted) == pytest.approx(0.05, rel=1e-3)
+    assert run.lam.goals() == [wanted[n.removesuffix(".weight")] for n in run.lam._names]
 
 
 def test_validation(tmp_path):

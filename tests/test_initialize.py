@@ -121,7 +121,7 @@ def test_relu_gain_keeps_the_mean_square_through_the_network(distribution):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"distribution": "erdos"}, ValueError, "distribution: expected one of uniform, erk, erk-mild, got 'erdos'"),
+        ({"distribution": "erdos"}, ValueError, "distribution: expected one of uniform, erk, got 'erdos'"),
         ({"distribution": {"7": 0.5}}, ValueError, "distribution: expected names among 0, got '7'"),
         ({"distribution": {"0": 0.0}}, ValueError, r"distribution\['0'\]: expected a finite number above 0"),
         ({"groups": "rows"}, ValueError, "groups: expected one of weights, kernels, got 'rows'"),

@@ -163,6 +163,28 @@ def test_without_regularizer_nothing_freezes_and_it_is_sgd():
         close(p.detach(), q.detach())
 
 
+def test_unregularised_first_convolution_computes_as_a_sparse_one(backend):
+    """With all of its weights, those that happen to be zero too; the same as if it had stayed dense."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten())
+    model.append(nn.Linear(16 * 36, 4)).double()
+    sb.sparse_init_(model, 0.1, lambda m, name: name != "0")
+    model[0].weight.data[:, :, 1] = 0
+    twin = copy.deepcopy(model)
+    g = torch.Generator().manual_seed(4)
+    batches = [(torch.randn(20, 1, 8, 8, generator=g).double(), torch.randint(0, 4, (20,), generator=g))]
+    for net, filter_fn in ((model, None), (twin, lambda m, name: name != "0")):
+        optimizer = sb.LinBreg(sb.param_groups(net, sb.L1(LAM), {"0": sb.NoReg()}), lr=LR, momentum=BETA)
+        cycle = sb.Multilevel(net, optimizer, 5, filter_fn=filter_fn)
+        run(net, optimizer, cycle, batches, 9)
+        first = cycle.report.layers[0]
+        assert (first.action, first.density) == (("dense" if filter_fn else "sparse"), 1.0)
+    assert isinstance(model[0], sb.nn.SparseConv2d)
+    assert model[0].weight[:, :, 1].count_nonzero() == 16 * 3
+    for name, value in model.state_dict().items():
+        close(value, twin.state_dict()[name])
+
+
 def test_active_weight_may_pass_through_zero_and_stays_active():
     model = nn.Sequential(nn.Linear(2, 1, bias=False))
     model[0].weight.data = torch.tensor([[0.5, 0.0]])

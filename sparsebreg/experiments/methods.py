@@ -98,7 +98,7 @@ def layer_targets(model: nn.Module, c: Config) -> dict[str, float]:
     """Target sparsities by name of layer, distributed as the start is."""
     small = _small(model)
     densities = DISTRIBUTIONS[c.init_distribution](model, 1 - c.target_sparsity, lambda m, name: name not in small)
-    return {name: min(1 - d, 0.999) for name, d in densities.items() if d < 1}
+    return {name: max(1e-3, 1 - d) for name, d in densities.items()}
 
 
 def _bregman(make: Callable[..., BregmanOptimizer], *options: str) -> Build:
@@ -164,7 +164,7 @@ _NORMED = {
     "lam": 0.01,
     "coarse_steps": 99,
     "per_layer": True,
-    "init_distribution": "erk-mild",
+    "init_distribution": "uniform",
 }
 
 METHODS: dict[str, Method] = {

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--lam", type=float, help="weight λ of the regularizer")
         p.add_argument("--target-sparsity", type=float, help="adapt λ to this fraction of zeros")
         p.add_argument(
-            "--per-layer", action=argparse.BooleanOptionalAction, help="every large layer reaches the target by itself"
+            "--per-layer", action=argparse.BooleanOptionalAction, help="every large layer reaches a target of its own"
         )
         p.add_argument("--coarse-steps", type=int, help="coarse steps per fine step (ml- methods)")
         p.add_argument("--init-density", type=float, help="density of the sparse start")

@@ -78,6 +78,8 @@ def curves(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
     axes[2].set(xlabel="epoch", ylabel="active weights (%)", yscale="log")
     for ax in axes:
         ax.grid(alpha=0.3, which="both")
+    for ax in axes[::2]:
+        ax.locator_params(axis="x", integer=True)
     axes[0].legend()
     _save(figure, path)
 

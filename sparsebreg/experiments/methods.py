@@ -169,7 +169,13 @@ _NORMED = {
 
 METHODS: dict[str, Method] = {
     "sgd": Method(_sgd, _SGD, dense=True),
-    "linbreg": Method(_LINBREG, {**_SPARSE, "momentum": 0.9, "lr": 1.0, "lam": 0.05}, bregman=True),
+    "linbreg": Method(
+        _LINBREG,
+        {**_SPARSE, "momentum": 0.9, "lr": 1.0, "lam": 0.05},
+        # With a smaller λ, or without warm-up, most weights wake in the first steps, and some runs diverge.
+        for_model={"convnet": {"lr": 1.5, "lam": 0.2, "warmup": 0.2}},
+        bregman=True,
+    ),
     "adabreg": Method(_ADABREG, {**_SPARSE, "lr": 2e-3, "lam": 0.02}, bregman=True, for_target={"lr": 4e-3}),
     "proxsgd": Method(
         _PROXSGD, {**_SPARSE, **_SGD, "lam": 1e-4, "init_density": 0.2}, bregman=True, for_target={"lr": 0.2}

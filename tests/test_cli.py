@@ -373,7 +373,7 @@ def test_defaults(method, model):
     wanted = {**known.defaults, **known.for_model.get(model, {})}
     if known.bregman:
         wanted = {**known.defaults, "init_density": 0.08, "init_distribution": "erk"}
-        wanted = {**wanted, **known.for_target, **known.for_model.get(model, {})}
+        wanted = {**wanted, **known.for_target, **known.for_model.get(model, {}), **known.for_both.get(model, {})}
     for name, value in {**wanted, "target_sparsity": 0.9}.items():
         assert getattr(aimed, name) == value
     assert Config(**data, target_sparsity=0.9, lr=0.7).resolved().lr == 0.7

@@ -79,7 +79,7 @@ def test_bad_lists_in_files(text, message, tmp_path, capsys):
         ({"lam": 0.2, "augment": True}, ["sgd", "ml-linbreg"], ["mnist", "cifar10"]),
         ({}, ["ml-linbreg", "rigl"], ["cifar10"]),  # a target sparsity that only one of them has
         ({"target_sparsity": 0.9, "lr": 0.3, "threads": 3}, ["ml-adabreg", "sgd"], ["digits"]),
-        ({"schedule": "step"}, ["linbreg"], ["mnist"]),
+        ({"schedule": "step"}, ["adabreg"], ["mnist"]),
     ],
 )
 def test_saved_options_are_the_comparison(options, methods, data, tmp_path, monkeypatch):
@@ -89,7 +89,7 @@ def test_saved_options_are_the_comparison(options, methods, data, tmp_path, monk
     compare._save_options(path, compare.options(base, configs))
     saved = read_toml(path, (*cli.LISTS, "command"))
     assert (saved["methods"], saved["seeds"], saved["models"]) == (methods, [3, 0], ["convnet", "mlp"])
-    assert saved.get("lr") == options.get("lr", 1.0 if methods == ["linbreg"] else None)
+    assert saved.get("lr") == options.get("lr", 2e-3 if methods == ["adabreg"] else None)
     planned = []
 
     def plan(base, methods, seeds, models, data, progress, restart):

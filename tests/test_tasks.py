@@ -53,8 +53,11 @@ def test_from_the_files_to_the_report(form, model, method, augment, tmp_path, on
 
 
 def test_models_with_batch_norm_start_alike():
-    found = [Config(model=model, method="ml-linbreg").resolved() for model in ("resnet18", "vgg16", "wide_resnet28_10")]
-    assert {(c.lr, c.lam, c.coarse_steps, c.init_density) for c in found} == {(1.0, 0.025, 49, 0.02)}
+    models = ("resnet18", "vgg16", "wide_resnet28_10")
+    for target, lam, start in ((None, 0.2, 0.02), (0.9, 0.01, 0.095)):
+        found = [Config(model=m, method="ml-linbreg", target_sparsity=target).resolved() for m in models]
+        wanted = {(0.5, 4.0, lam, 99, start, True)}
+        assert {(c.lr, c.sparse_lr, c.lam, c.coarse_steps, c.init_density, c.per_layer) for c in found} == wanted
 
 
 def test_readme_on_the_experiment(tmp_path):

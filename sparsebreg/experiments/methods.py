@@ -62,6 +62,7 @@ class Method:
             option is taken and has no default.
         for_target: what a target sparsity needs otherwise, where λ is adapted to it.
         for_model: what a model needs otherwise.
+        for_both: what a model needs otherwise where λ is adapted.
         bregman: whether a target sparsity is reached by adapting λ.
         dense: whether it trains dense weights, at first at least.
     """
@@ -71,6 +72,7 @@ class Method:
     for_model: dict[str, dict[str, Any]] = field(default_factory=dict)
     bregman: bool = False
     for_target: dict[str, Any] = field(default_factory=dict)
+    for_both: dict[str, dict[str, Any]] = field(default_factory=dict)
     dense: bool = False
 
     def options(self, model: str, target_sparsity: float | None) -> dict[str, Any]:
@@ -80,7 +82,8 @@ class Method:
         # A little sparser than that, so that a λ which is far too large shows, and falls.
         share = 0.95 if self.for_model.get(model, {}).get("per_layer") else 0.8
         start = {"init_density": round(share * (1 - target_sparsity), 12), "init_distribution": "erk"}
-        return {**self.defaults, **self.for_target, **start, **self.for_model.get(model, {})}
+        own = {**self.for_model.get(model, {}), **self.for_both.get(model, {})}
+        return {**self.defaults, **self.for_target, **start, **own}
 
 
 def _sgd(model: nn.Module, c: Config, steps: int) -> tuple[torch.optim.Optimizer, Cycle]:
@@ -154,6 +157,7 @@ _SPARSE = {
 }
 _SGD = {"lr": 0.05, "momentum": 0.9}
 _DYNAMIC = {**_SGD, "target_sparsity": 0.95}
+_WITH_NORM = ("resnet18", "vgg16", "wide_resnet28_10")
 # One λ for all would wake most weights in the first layers, whose images are large: half of the time for a hundredth of
 # the weights. At the start active weights are larger than dense ones by 1/√density, and under batch norm a step counts
 # in proportion to the weight: hence the larger learning rate of theirs. Chosen on ResNet-18.
@@ -161,7 +165,7 @@ _NORMED = {
     "lr": 0.5,
     "sparse_lr": 4.0,
     "warmup": 0.1,
-    "lam": 0.01,
+    "lam": 0.2,
     "coarse_steps": 99,
     "per_layer": True,
     "init_distribution": "uniform",
@@ -186,8 +190,10 @@ METHODS: dict[str, Method] = {
         # Convolutions see larger gradients, so the same step is larger for them.
         for_model={
             "convnet": {"lr": 1.5, "lam": 0.18, "coarse_steps": 9, "init_density": 0.08},
-            **dict.fromkeys(("resnet18", "vgg16", "wide_resnet28_10"), _NORMED),
+            **dict.fromkeys(_WITH_NORM, _NORMED),
         },
+        # In the first epochs a smaller λ keeps 95 % sparsity than in the last.
+        for_both={model: {"lam": 0.01} for model in _WITH_NORM},
         bregman=True,
     ),
     "ml-adabreg": Method(

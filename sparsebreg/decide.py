@@ -148,7 +148,7 @@ class Decider:
             return 0.0
         if self.config.decide == "measure":  # above 1: not yet measured as faster
             return max(self.config.min_sparsity, 1 - NEAR * self.measured.get(name, (-1.0, math.inf))[0])
-        if _small(module):
+        if self.at_any_density(module):
             return 0.0
         shape, *ways = self._known(name, module)
         load = Load.of(module, shape)

@@ -79,7 +79,8 @@ class Method:
         """The defaults for a model and a target sparsity, if there is one."""
         if target_sparsity is None or not self.bregman:
             return {**self.defaults, **self.for_model.get(model, {})}
-        # A little sparser than that, so that a λ which is far too large shows, and falls.
+        # A little sparser than that, so that a λ which is far too large shows, and falls. Where every layer has a
+        # target, their shares are settled already, and nothing is gained by starting further away.
         share = 0.95 if self.for_model.get(model, {}).get("per_layer") else 0.8
         start = {"init_density": round(share * (1 - target_sparsity), 12), "init_distribution": "erk"}
         own = {**self.for_model.get(model, {}), **self.for_both.get(model, {})}

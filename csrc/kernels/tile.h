@@ -25,7 +25,7 @@ struct GatherTile {
   const T* bias;         // of channel r0; null: none
   bool first, last;      // of the chunks that a sum is made in
   T* sums;               // between chunks: [r1 - r0][TR * TC][LANES]
-  bool past_the_caches;  // how dst is written
+  bool past_the_caches = false;  // how dst is written
 };
 
 // dst[r][i][j][:] = bias[r] + sum_k value[k] * src[offset[k] + i*src_row + j*LANES + :].   Cost: nnz * TR * TC FMAs.

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -73,9 +74,22 @@ void check_shape(const char* name, int64_t rows, int64_t cols) {
     refuse(name, "sizes from 0 to 2147483647", std::to_string(rows) + " x " + std::to_string(cols));
 }
 
-// A validated index. The arrays are copied, so that nothing a caller does to them later reaches a kernel.
+// A valid index, checked or made here. Arrays are copied, so that nothing a caller does to them reaches a kernel.
 class NativeIndex {
  public:
+  // Of marks from mark_nonzeros.
+  NativeIndex(int64_t rows, int64_t cols, int64_t nnz, const std::vector<uint64_t>& bits,
+              const std::vector<int32_t>& rowptr, int threads)
+      : storage_(size_t(rows + cols + 2 + 3 * nnz)) {
+    int32_t* ptr = storage_.data();
+    int32_t* col = std::copy(rowptr.begin(), rowptr.end(), ptr);
+    int32_t* colptr = col + nnz;
+    int32_t* row = colptr + cols + 1;
+    fill_columns(bits.data(), rows, cols, ptr, col, threads);
+    transpose_index(rows, cols, ptr, col, colptr, row, row + nnz, threads);
+    index = Index{rows, cols, nnz, ptr, col, colptr, row, row + nnz};
+  }
+
   NativeIndex(int64_t rows, int64_t cols, const py::array& rowptr, const py::array& col, const py::array& colptr,
               const py::array& row, const py::array& csc_to_csr) {
     check_shape("shape", rows, cols);
@@ -97,6 +111,14 @@ class NativeIndex {
     const char* wrong =
         check_index(rows, cols, nnz, index.rowptr, index.col, index.colptr, index.row, index.csc_to_csr);
     if (wrong) throw py::value_error(wrong);
+  }
+
+  // rowptr, col, colptr, row, csc_to_csr, as copies.
+  py::tuple arrays() const {
+    const auto copy = [](const int32_t* from, int64_t count) { return py::array_t<int32_t>(count, from); };
+    return py::make_tuple(copy(index.rowptr, index.rows + 1), copy(index.col, index.nnz),
+                          copy(index.colptr, index.cols + 1), copy(index.row, index.nnz),
+                          copy(index.csc_to_csr, index.nnz));
   }
 
   Index index;
@@ -517,25 +539,38 @@ void norm_grad(int64_t N, int64_t C, int64_t P, const py::array& x, const py::ar
 }
 
 template <class T>
-py::tuple csr(const T* dense, int64_t rows, int64_t cols, int threads) {
-  py::array_t<int32_t> rowptr(rows + 1);
+py::object index_of(const T* dense, int64_t rows, int64_t cols, const py::object& known, int64_t most, int threads) {
   const int t = team(threads, double(rows) * double(cols));
-  std::vector<uint64_t> bits(size_t(rows * row_words(cols)));
-  const int64_t nnz = mark_nonzeros(dense, rows, cols, bits.data(), rowptr.mutable_data(), t);
-  if (nnz < 0) refuse("mask", "at most 2147483647 nonzeros", "more");
-  py::array_t<int32_t> col(nnz);
-  fill_columns(bits.data(), rows, cols, rowptr.data(), col.mutable_data(), t);
-  return py::make_tuple(rowptr, col);
+  const Index* old = known.is_none() ? nullptr : &known.cast<const NativeIndex&>().index;
+  if (old && (old->rows != rows || old->cols != cols))
+    refuse("known", "a pattern of the same size", std::to_string(old->rows) + " x " + std::to_string(old->cols));
+  std::unique_ptr<NativeIndex> made;
+  {
+    py::gil_scoped_release nogil;
+    std::vector<int32_t> rowptr(size_t(rows + 1));
+    std::vector<uint64_t> bits(size_t(rows * row_words(cols)));
+    const int64_t nnz = mark_nonzeros(dense, rows, cols, bits.data(), rowptr.data(), t);
+    if (nnz < 0) refuse("mask", "at most 2147483647 nonzeros", "more");
+    if (nnz > most)
+      most = -1;
+    else if (!old || !covers(old->rowptr, old->col, bits.data(), rows, cols, t))
+      made = std::make_unique<NativeIndex>(rows, cols, nnz, bits, rowptr, t);
+  }
+  if (most < 0) return py::none();
+  return made ? py::cast(std::move(made)) : known;
 }
 
-// (rowptr, col) of the nonzeros of a float32, float64 or boolean matrix.
-py::tuple csr_from_dense(const py::array& dense, int threads) {
+// The index of the nonzeros of a float32, float64 or boolean matrix: `known`, an index or None, where they lie inside
+// of it; None where there are more than `most`.
+py::object index_of_nonzeros(const py::array& dense, const py::object& known, int64_t most, int threads) {
   if (dense.ndim() != 2) refuse("dense", "two dimensions", std::to_string(dense.ndim()));
+  if (most < 0) refuse("most", "at least 0", std::to_string(most));
   const int64_t rows = dense.shape(0), cols = dense.shape(1), size = dense.size();
   check_shape("dense", rows, cols);
-  if (dense.dtype().is(py::dtype::of<float>())) return csr(in<float>("dense", dense, size), rows, cols, threads);
-  if (dense.dtype().is(py::dtype::of<double>())) return csr(in<double>("dense", dense, size), rows, cols, threads);
-  return csr(reinterpret_cast<const uint8_t*>(in<bool>("dense", dense, size)), rows, cols, threads);
+  const auto make = [&](const auto* data) { return index_of(data, rows, cols, known, most, threads); };
+  if (dense.dtype().is(py::dtype::of<float>())) return make(in<float>("dense", dense, size));
+  if (dense.dtype().is(py::dtype::of<double>())) return make(in<double>("dense", dense, size));
+  return make(reinterpret_cast<const uint8_t*>(in<bool>("dense", dense, size)));
 }
 
 // rowptr and col are checked by the NativeIndex made of the result; here only what keeps memory safe.
@@ -550,7 +585,7 @@ py::tuple transpose(int64_t rows, int64_t cols, const py::array& rowptr, const p
   for (int64_t k = 0; k < nnz; ++k)
     if (index[k] < 0 || index[k] >= cols) refuse("col", "indices inside the matrix", std::to_string(index[k]));
   py::array_t<int32_t> colptr(cols + 1), row(nnz), order(nnz);
-  transpose_index(rows, cols, ptr, index, colptr.mutable_data(), row.mutable_data(), order.mutable_data());
+  transpose_index(rows, cols, ptr, index, colptr.mutable_data(), row.mutable_data(), order.mutable_data(), 1);
   return py::make_tuple(colptr, row, order);
 }
 
@@ -587,7 +622,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("LANES") = LANES;
   py::class_<NativeIndex>(m, "Index")
       .def(py::init<int64_t, int64_t, const py::array&, const py::array&, const py::array&, const py::array&,
-                    const py::array&>());
+                    const py::array&>())
+      .def_static("of_nonzeros", &index_of_nonzeros)
+      .def("arrays", &NativeIndex::arrays);
   m.def("isa", [] { return active_table().isa; });
   m.def("available_isas", &available_isas);
   m.def("select_isa", &select_isa);
@@ -603,7 +640,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_apply", &norm_apply);
   m.def("norm_reduce", &norm_reduce);
   m.def("norm_grad", &norm_grad);
-  m.def("csr_from_dense", &csr_from_dense);
   m.def("transpose", &transpose);
   m.def("gather", &gather_values);
   m.def("scatter", &scatter_values);

@@ -1,5 +1,6 @@
 #include "pattern.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -64,19 +65,61 @@ void fill_columns(const uint64_t* bits, int64_t rows, int64_t cols, const int32_
   }
 }
 
-void transpose_index(int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, int32_t* colptr,
-                     int32_t* row, int32_t* csc_to_csr) {
-  std::memset(colptr, 0, size_t(cols + 1) * sizeof(int32_t));
-  const int32_t nnz = rowptr[rows];
-  for (int32_t k = 0; k < nnz; ++k) ++colptr[col[k] + 1];
-  for (int64_t c = 0; c < cols; ++c) colptr[c + 1] += colptr[c];
-  std::vector<int32_t> next(colptr, colptr + cols);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int32_t k = rowptr[r]; k < rowptr[r + 1]; ++k) {
-      const int32_t at = next[col[k]]++;
-      row[at] = int32_t(r);
-      csc_to_csr[at] = k;
+bool covers(const int32_t* rowptr, const int32_t* col, const uint64_t* bits, int64_t rows, int64_t cols, int threads) {
+  const int64_t words = row_words(cols);
+  bool all = true;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(&& : all)
+  for (int64_t r = 0; r < rows; ++r) {
+    // Both ascend: after a word's last column of the pattern, none of its bits may be left.
+    const uint64_t* word = bits + r * words;
+    int32_t k = rowptr[r];
+    const int32_t end = rowptr[r + 1];
+    for (int64_t w = 0; w < words; ++w) {
+      uint64_t left = word[w];
+      for (; k < end && col[k] < (w + 1) * 64; ++k) left &= ~(uint64_t(1) << (col[k] & 63));
+      all = all && !left;
     }
+  }
+  return all;
+}
+
+void transpose_index(int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, int32_t* colptr,
+                     int32_t* row, int32_t* csc_to_csr, int threads) {
+  const int64_t nnz = rowptr[rows], few = 1 << 14;
+  const int parts = int(std::max<int64_t>(1, std::min<int64_t>(threads, nnz / few)));
+  // Every part has rows of its own with about equal nonzeros. next[part][c]: how many of them column c has, then where
+  // the next of them goes.
+  std::vector<int32_t> next(size_t(parts) * size_t(cols));
+  const auto first_row = [&](int part) {
+    return part == parts ? rows : std::lower_bound(rowptr, rowptr + rows, int32_t(nnz * part / parts)) - rowptr;
+  };
+#pragma omp parallel for num_threads(parts) if (parts > 1) schedule(static)
+  for (int part = 0; part < parts; ++part) {
+    int32_t* count = next.data() + part * cols;
+    for (int32_t k = rowptr[first_row(part)]; k < rowptr[first_row(part + 1)]; ++k) ++count[col[k]];
+  }
+  int32_t sum = 0;
+  for (int64_t c = 0; c < cols; ++c) {
+    colptr[c] = sum;
+    for (int part = 0; part < parts; ++part) {
+      int32_t& place = next[size_t(part * cols + c)];
+      const int32_t count = place;
+      place = sum;
+      sum += count;
+    }
+  }
+  colptr[cols] = sum;
+#pragma omp parallel for num_threads(parts) if (parts > 1) schedule(static)
+  for (int part = 0; part < parts; ++part) {
+    int32_t* place = next.data() + part * cols;
+    const int64_t last = first_row(part + 1);
+    for (int64_t r = first_row(part); r < last; ++r)
+      for (int32_t k = rowptr[r]; k < rowptr[r + 1]; ++k) {
+        const int32_t at = place[col[k]]++;
+        row[at] = int32_t(r);
+        csc_to_csr[at] = k;
+      }
+  }
 }
 
 const char* check_index(int64_t rows, int64_t cols, int64_t nnz, const int32_t* rowptr, const int32_t* col,

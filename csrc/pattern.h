@@ -22,9 +22,12 @@ int64_t mark_nonzeros(const T* dense, int64_t rows, int64_t cols, uint64_t* bits
 // Column indices of the nonzeros, ascending inside each row. bits and rowptr from mark_nonzeros; col has nnz places.
 void fill_columns(const uint64_t* bits, int64_t rows, int64_t cols, const int32_t* rowptr, int32_t* col, int threads);
 
+// Whether every bit from mark_nonzeros stands at a place of the pattern (rowptr, col).
+bool covers(const int32_t* rowptr, const int32_t* col, const uint64_t* bits, int64_t rows, int64_t cols, int threads);
+
 // The transposed index: colptr (cols + 1), row and csc_to_csr (nnz), rows ascending inside each column. O(nnz + cols).
 void transpose_index(int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, int32_t* colptr,
-                     int32_t* row, int32_t* csc_to_csr);
+                     int32_t* row, int32_t* csc_to_csr, int threads);
 
 // What is wrong with an index, or null: rowptr from 0 to nnz, never falling; columns in range and ascending; the
 // transposed index exactly the transpose.

@@ -14,7 +14,7 @@ from torch import nn
 from sparsebreg import functional
 from sparsebreg.errors import SwapError, expected
 from sparsebreg.functional import Geometry
-from sparsebreg.pattern import SparsePattern, count_nonzero
+from sparsebreg.pattern import SparsePattern
 
 __all__ = ["SparseConv2d", "SparseLayer", "SparseLinear"]
 
@@ -265,17 +265,9 @@ class _Fine:
 
     def _active(self) -> torch.Tensor | None:
         """Values on an up-to-date ``_pattern``; None where the layer is not sparse enough."""
-        weight = self.weight.detach()
-        nonzeros = count_nonzero(weight)
-        if nonzeros > self._max_density * weight.numel():
-            self._pattern = None
-            return None
-        if self._pattern is not None:
-            values = self._pattern.gather(weight)
-            if count_nonzero(values) == nonzeros:
-                return values
-        self._pattern = SparsePattern.from_nonzeros(weight)
-        return self._pattern.gather(weight)
+        weight = self.weight.detach().contiguous()
+        self._pattern = SparsePattern.covering(weight, self._pattern, int(self._max_density * weight.numel()))
+        return None if self._pattern is None else self._pattern.gather(weight)
 
 
 class FineLinear(_Fine, nn.Linear):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,18 +141,49 @@ class SparsePattern:
 
     @classmethod
     def _of_nonzeros(cls, dense: torch.Tensor) -> SparsePattern:
-        rows = dense.shape[0]
-        flat = dense.detach().cpu().reshape(rows, math.prod(dense.shape[1:])).contiguous().numpy()
+        return cls.covering(dense, None, sys.maxsize)  # type: ignore[return-value]  # with no bound there is one
+
+    @classmethod
+    def covering(cls, dense: torch.Tensor, known: SparsePattern | None, most: int) -> SparsePattern | None:
+        """A pattern that has all nonzeros of ``dense``: ``known`` where it has them, or that of the nonzeros.
+
+        Args:
+            dense: float32, float64 or boolean, two dimensions or more.
+            known: a pattern of its shape, or None.
+            most: with more nonzeros than this the answer is None.
+
+        Raises:
+            ValueError: for more than 2**31 - 1 nonzeros, or a ``known`` of another shape.
+        """
+        shape, rows = tuple(dense.shape), dense.shape[0]
+        if known is not None and known.shape != shape:
+            raise ValueError(expected("known", f"a pattern of shape {shape}", known.shape))
+        flat = dense.detach().cpu().reshape(rows, math.prod(shape[1:])).contiguous().numpy()
         if (C := native()) is not None:
-            rowptr, col = C.csr_from_dense(flat, torch.get_num_threads())
-        else:
-            counts = np.count_nonzero(flat, axis=1)
-            if counts.sum() > _INT32_MAX:
+            before = None if known is None else known.native_index()
+            index = C.Index.of_nonzeros(flat, before, most, torch.get_num_threads())
+            return known if index is before else None if index is None else cls._adopt(shape, index)
+        counts = np.count_nonzero(flat, axis=1)
+        if counts.sum() > min(most, _INT32_MAX):
+            if counts.sum() <= most:
                 raise ValueError(expected("mask", f"at most {_INT32_MAX} nonzeros", counts.sum()))
-            rowptr = np.zeros(rows + 1, dtype=np.int32)
-            np.cumsum(counts, out=rowptr[1:])
-            col = np.nonzero(flat)[1].astype(np.int32)
-        return cls(tuple(dense.shape), torch.from_numpy(rowptr), torch.from_numpy(col))
+            return None
+        if known is not None and np.count_nonzero(flat[known.mask().view(flat.shape).numpy()]) == counts.sum():
+            return known
+        rowptr = np.zeros(rows + 1, dtype=np.int32)
+        np.cumsum(counts, out=rowptr[1:])
+        return cls(shape, torch.from_numpy(rowptr), torch.from_numpy(np.nonzero(flat)[1].astype(np.int32)))
+
+    @classmethod
+    def _adopt(cls, shape: tuple[int, ...], index: Any) -> SparsePattern:
+        """Of an index that the extension made: valid by construction."""
+        pattern = object.__new__(cls)
+        put = object.__setattr__
+        for name, array in zip(("rowptr", "col", "colptr", "row", "csc_to_csr"), index.arrays(), strict=True):
+            put(pattern, name, torch.from_numpy(array))
+        put(pattern, "shape", shape)
+        put(pattern, "_cache", {"native": index})
+        return pattern
 
     @property
     def rows(self) -> int:

@@ -242,9 +242,11 @@ one, none = np.zeros(1, np.float32), np.zeros(0, np.float32)
         (lambda: C.transpose(1, 3, np.array([0, 2], "i4"), np.zeros(1, "i4")), "rowptr: expected 0 to the number"),
         (lambda: C.transpose(2, 3, np.array([0, 2, 1], "i4"), np.zeros(1, "i4")), "rowptr: expected values that never"),
         (lambda: C.transpose(1, 3, np.array([0, 1], "i4"), np.array([3], "i4")), "col: expected indices inside"),
-        (lambda: C.csr_from_dense(np.zeros(4, "f4"), 1), "dense: expected two dimensions, got 1"),
-        (lambda: C.csr_from_dense(np.zeros((2**31, 0), "f4"), 1), "dense: expected sizes from 0 to 2147483647"),
-        (lambda: C.csr_from_dense(np.zeros((4, 4), "f4").T[:2], 1), "dense: expected a C-contiguous array"),
+        (lambda: C.Index.of_nonzeros(np.zeros(4, "f4"), None, 4, 1), "dense: expected two dimensions, got 1"),
+        (lambda: C.Index.of_nonzeros(np.zeros((2**31, 0), "f4"), None, 0, 1), "dense: expected sizes from 0"),
+        (lambda: C.Index.of_nonzeros(np.zeros((4, 4), "f4").T[:2], None, 9, 1), "dense: expected a C-contiguous array"),
+        (lambda: C.Index.of_nonzeros(np.zeros((4, 4), "f4"), ix, 9, 1), "known: expected a pattern of the same size"),
+        (lambda: C.Index.of_nonzeros(np.zeros((4, 4), "f4"), None, -1, 1), "most: expected at least 0, got -1"),
     ],
 )  # fmt: skip
 def test_sizes(call, message):

@@ -85,6 +85,33 @@ def test_from_nonzeros(name, dtype, builder):
     assert SparsePattern.from_nonzeros(weight) == SparsePattern.from_mask(mask)
 
 
+@pytest.mark.parametrize("name", MASKS)
+def test_covering(name, builder):
+    mask = MASKS[name]
+    known = SparsePattern.from_mask(mask)
+    weight = mask.float()
+    places = mask.nonzero()
+    for place in places[:1]:
+        weight[tuple(place)] = 0
+    assert SparsePattern.covering(weight, known, mask.numel()) is known  # one zero more is inside of it
+    made = SparsePattern.covering(weight, None, mask.numel())
+    assert made == SparsePattern.from_mask(weight != 0)
+    if len(places):
+        grown = SparsePattern.covering(mask.float(), made, mask.numel())
+        assert grown is not made
+        assert grown == known
+        for part in ("colptr", "row", "csc_to_csr"):
+            assert torch.equal(getattr(grown, part), getattr(known, part))
+        assert SparsePattern.covering(mask.float(), None, len(places) - 1) is None
+        assert SparsePattern.covering(mask.float(), known, len(places) - 1) is None
+        assert SparsePattern.covering(mask.float(), known, len(places)) is known
+
+
+def test_covering_of_another_shape(builder):
+    with pytest.raises(ValueError, match=r"known: expected a pattern of shape \(3, 4\), got \(2, 3\)"):
+        SparsePattern.covering(torch.ones(3, 4), SparsePattern.from_mask(MASKS["some"]), 12)
+
+
 def test_nan_is_a_nonzero():
     weight = torch.zeros(2, 3)
     weight[1, 1] = float("nan")

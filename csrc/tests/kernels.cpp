@@ -514,6 +514,14 @@ void test_crossings(const Pattern& p, int threads) {
   same("rowptr", rowptr, p.rowptr);
   fill_columns(bits.data(), rows, cols, p.rowptr.data(), col.data(), threads);
   same("col", col, p.col);
+  if (!covers(p.rowptr.data(), p.col.data(), bits.data(), rows, cols, threads)) fail("covers, itself");
+  if (nnz) {  // without its last nonzero it does not
+    std::vector<int32_t> fewer(p.rowptr);
+    for (int32_t& start : fewer) start = std::min(start, int32_t(nnz - 1));
+    if (covers(fewer.data(), p.col.data(), bits.data(), rows, cols, threads)) fail("covers, one nonzero outside");
+    bits[size_t(rows * row_words(cols) - 1)] = bits[0] = 0;
+    if (!covers(p.rowptr.data(), p.col.data(), bits.data(), rows, cols, threads)) fail("covers, fewer nonzeros");
+  }
   if constexpr (sizeof(T) > 1) {
     gather(whole.data(), rows, cols, p.rowptr.data(), p.col.data(), values.data(), threads);
     same("gather", Doubles(values.begin(), values.end()), gathered);
@@ -526,8 +534,8 @@ void test_pattern() {
   struct {
     int64_t rows, cols;
     double density;
-  } const cases[] = {{0, 5, .5},      {5, 0, .5},  {1, 1, 1},  {7, 67, .1},  {2, 640, .9},
-                     {70, 1000, .05}, {3, 256, 1}, {9, 64, 0}, {1000, 3, .3}};
+  } const cases[] = {{0, 5, .5},      {5, 0, .5},  {1, 1, 1},  {7, 67, .1},   {2, 640, .9},
+                     {70, 1000, .05}, {3, 256, 1}, {9, 64, 0}, {1000, 3, .3}, {300, 500, .4}};
   for (const auto& c : cases) {
     const Pattern p(c.rows, c.cols, c.density);
     std::vector<int32_t> colptr(p.colptr.size(), -1), row(p.row.size(), -1), order(p.row.size(), -1);
@@ -537,10 +545,12 @@ void test_pattern() {
       test_crossings<float>(p, threads);
       test_crossings<double>(p, threads);
     }
-    transpose_index(c.rows, c.cols, p.rowptr.data(), p.col.data(), colptr.data(), row.data(), order.data());
-    same("colptr", colptr, p.colptr);
-    same("row", row, p.row);
-    same("csc_to_csr", order, p.csc_to_csr);
+    for (int threads : {1, 3}) {
+      transpose_index(c.rows, c.cols, p.rowptr.data(), p.col.data(), colptr.data(), row.data(), order.data(), threads);
+      same("colptr", colptr, p.colptr);
+      same("row", row, p.row);
+      same("csc_to_csr", order, p.csc_to_csr);
+    }
     const Index& ix = p.index;
     if (check_index(ix.rows, ix.cols, ix.nnz, ix.rowptr, ix.col, ix.colptr, ix.row, ix.csc_to_csr)) fail("check_index");
   }

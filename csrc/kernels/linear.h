@@ -20,7 +20,7 @@ SB_INLINE int linear_chunks(const Index& ix, int64_t features, int64_t rows, int
 }
 
 // One direction: dst[n][d] = bias[d] + sum of value * src[n][s] over the nonzeros (d, s). `ptr` and `index` are CSR
-// (forward) or CSC (input gradient). Called by every thread of a team, after the source is packed.
+// (forward) or CSC (input gradient).
 template <class T>
 struct LinearPass {
   int64_t N, dst_features, src_features;
@@ -30,59 +30,63 @@ struct LinearPass {
   int32_t* split;        // with several chunks: dst_features x chunks + 1 starts
   const T* value;
   const T* bias;
-  const T* packed;
   T* dst;
   Layout dst_layout;
   int TL, chunks;
 };
 
-// How a pass is shared out: tiles x subs units of lane blocks, each the same thread's to pack and to compute, so that
-// nothing crosses between cores; with more threads than units, each unit's features in `parts` as well.
+// How the work is shared out: tasks (unit, part). A unit is a tile, or some lane blocks of one; a part is a share of
+// the destination features. A thread packs for itself what its tasks read: copies that threads share would have to
+// cross between their caches, which takes longer.
 struct Share {
   int64_t tiles;
-  int subs, width;  // lane blocks per sub
+  int subs, width;  // units a tile, lane blocks a unit
   int parts;
   int64_t units() const { return tiles * subs; }
+  int64_t tasks() const { return units() * parts; }
 };
 
-SB_INLINE Share share_out(int64_t N, int TL, int threads, int64_t features) {
+// Lane blocks go to different threads, if they may, and then as many parts as it takes for all to have about the same.
+SB_INLINE Share share_out(int64_t N, int TL, int threads, int64_t features, bool by_lanes) {
   Share s;
   s.tiles = div_up(div_up(N, LANES), TL);
-  const int want = int(most<int64_t>(1, div_up(threads, s.tiles)));
+  const int want = by_lanes ? int(most<int64_t>(1, div_up(threads, s.tiles))) : 1;
   s.width = int(div_up(TL, least(want, int(div_up(TL, 2)))));  // under two lane blocks the index dominates
   s.subs = int(div_up(TL, s.width));
-  s.parts = s.units() >= threads
-                ? 1
-                : int(most<int64_t>(1, least<int64_t>(div_up(2 * threads, s.units()), features / GROUP)));
+  const int most_parts = int(most<int64_t>(1, least<int64_t>(2 * threads, features / GROUP)));
+  s.parts = 1;
+  while (s.parts < most_parts && 5 * s.tasks() < 4 * div_up(s.tasks(), threads) * threads) ++s.parts;
   return s;
 }
 
-// Lane blocks [l0, l1) of a packed tile, features [f0, f1), from a plain or a lane tensor.
+// Lane blocks [l0, l1) of a tile, features [f0, f1), from a plain or a lane tensor to packed[feature][l1 - l0][16].
 template <class T>
 void pack_features(const T* data, Layout layout, int64_t N, int64_t F, int TL, int64_t tile, int l0, int l1, int64_t f0,
                    int64_t f1, T* packed) {
+  const int width = l1 - l0;
   for (int l = l0; l < l1; ++l) {
     const int64_t b = tile * TL + l;
     const int images = int(most<int64_t>(0, least<int64_t>(LANES, N - b * LANES)));
-    T* dst = packed + (f0 * TL + l) * LANES;
+    T* dst = packed + (f0 * width + l - l0) * LANES;
     if (layout == Layout::plain || images == 0) {
-      pack_rows(images ? data + b * LANES * F + f0 : data, F, images, f1 - f0, dst, ptrdiff_t(TL) * LANES);
+      pack_rows(images ? data + b * LANES * F + f0 : data, F, images, f1 - f0, dst, ptrdiff_t(width) * LANES);
     } else {
       for (int64_t f = f0; f < f1; ++f)
-        copy_lanes(data + (b * F + f) * LANES, LANES, images, 1, packed + (f * TL + l) * LANES);
+        copy_lanes(data + (b * F + f) * LANES, LANES, images, 1, dst + (f - f0) * width * LANES);
     }
   }
 }
 
 template <class T>
-void linear_rows(const LinearPass<T>& p, int64_t tile, int l0, int l1, int64_t d0, int64_t d1, T* group) {
+void linear_rows(const LinearPass<T>& p, const T* packed, int64_t tile, int l0, int l1, int64_t d0, int64_t d1,
+                 T* group) {
   const int width = l1 - l0;
   const GatherFn<T> fn = gather_fn<T>(1, width);
   GatherTile<T> t;
-  t.src = p.packed + (tile * p.src_features * p.TL + l0) * LANES;
+  t.src = packed;
   t.src_row = 0;
   t.offset = p.index;
-  t.scale = ptrdiff_t(p.TL) * LANES;
+  t.scale = ptrdiff_t(width) * LANES;
   t.value = p.value;
   t.order = p.order;
   t.ptr_step = p.chunks;
@@ -135,6 +139,13 @@ void split_rows(const LinearPass<T>& p, int64_t d0, int64_t d1) {
   }
 }
 
+// How many pieces of PLAN destinations there are to split; none without chunks.
+constexpr int64_t PLAN = 64;
+template <class T>
+int64_t plan_pieces(const LinearPass<T>& p) {
+  return p.split ? div_up(p.dst_features, PLAN) : 0;
+}
+
 SB_INLINE int linear_parts(int threads, int64_t features) {
   if (threads == 1) return 1;
   return int(most<int64_t>(1, least<int64_t>(4 * int64_t(threads), features / GROUP)));
@@ -146,8 +157,9 @@ SB_INLINE int64_t linear_part(const int32_t* ptr, int64_t features, int parts, i
   return p >= parts ? features : at / GROUP * GROUP;
 }
 
+// The arguments of one direction, and its plan from `slot`.
 template <class T>
-LinearPass<T> linear_pass(const LinearArgs<T>& a, bool forward) {
+LinearPass<T> linear_pass(const LinearArgs<T>& a, bool forward, Slot slot = slot_plan) {
   LinearPass<T> p;
   const Index& ix = a.index;
   p.N = a.N;
@@ -160,7 +172,7 @@ LinearPass<T> linear_pass(const LinearArgs<T>& a, bool forward) {
   p.order = forward ? nullptr : ix.csc_to_csr;
   p.split = nullptr;
   if (p.chunks > 1) {
-    p.split = scratch<int32_t>(slot_plan, p.dst_features * p.chunks + 1);
+    p.split = scratch<int32_t>(slot, p.dst_features * p.chunks + 1);
     p.split[p.dst_features * p.chunks] = int32_t(ix.nnz);
   }
   p.value = a.values;
@@ -168,24 +180,6 @@ LinearPass<T> linear_pass(const LinearArgs<T>& a, bool forward) {
   p.dst = forward ? a.y : a.grad_x;
   p.dst_layout = forward ? a.y_layout : a.x_layout;
   return p;
-}
-
-// Packs a share of the source: unit u of Share, piece q of its features.
-template <class T>
-void pack_unit(const T* data, Layout layout, int64_t N, int64_t F, int TL, const Share& s, int64_t u, int q,
-               T* packed) {
-  const int64_t tile = u / s.subs;
-  const int l0 = int(u % s.subs) * s.width, l1 = least(TL, l0 + s.width);
-  const int64_t step = div_up(div_up(F, s.parts), GROUP) * GROUP;
-  const int64_t f0 = least(F, q * step), f1 = least(F, f0 + step);
-  pack_features(data, layout, N, F, TL, tile, l0, l1, f0, f1, packed + tile * F * TL * LANES);
-}
-
-template <class T>
-void compute_unit(const LinearPass<T>& p, const Share& s, int64_t u, int q, T* group) {
-  const int l0 = int(u % s.subs) * s.width, l1 = least(p.TL, l0 + s.width);
-  linear_rows(p, u / s.subs, l0, l1, linear_part(p.ptr, p.dst_features, s.parts, q),
-              linear_part(p.ptr, p.dst_features, s.parts, q + 1), group);
 }
 
 // One or two samples would leave most lanes empty: there a sum runs over the nonzeros of a row instead. From three on
@@ -270,27 +264,61 @@ template <class T>
 void linear_forward(const LinearArgs<T>& a) {
   if (a.N == 0) return;
   if (is_narrow(a)) return narrow_forward(a);
-  LinearPass<T> p = linear_pass(a, true);
+  const LinearPass<T> p = linear_pass(a, true);
   const Index& ix = a.index;
-  const Share s = share_out(a.N, p.TL, a.threads, ix.rows);
-  T* packed = scratch<T>(slot_source, s.tiles * p.TL * LANES * ix.cols);
-  p.packed = packed;
-  const int64_t plans = p.split ? div_up(ix.rows, 64) : 0, tasks = s.units() * s.parts;
-  const TeamScratch<T> groups(slot_dest, a.threads, 16 * GROUP * int64_t(p.TL) * LANES);
+  const Share s = share_out(a.N, p.TL, a.threads, ix.rows, true);
+  const int64_t plans = plan_pieces(p), tasks = s.tasks();
+  const TeamScratch<T> sources(slot_source, a.threads, ix.cols * int64_t(s.width) * LANES);
+  const TeamScratch<T> groups(slot_dest, a.threads, 16 * GROUP * int64_t(s.width) * LANES);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
-    T* group = groups.mine();
-    // Both loops hand the same tasks to the same threads: with one part per unit no thread needs another's packing.
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < tasks; ++i)
-      pack_unit(a.x, a.x_layout, a.N, ix.cols, p.TL, s, i / s.parts, int(i % s.parts), packed);
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < plans; ++i) split_rows(p, i * 64, least<int64_t>(ix.rows, i * 64 + 64));
-    if (s.parts > 1 || plans) {
-#pragma omp barrier
+    T* packed = sources.mine();
+    int64_t have = -1;
+    if (plans) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < plans; ++i) split_rows(p, i * PLAN, least(ix.rows, (i + 1) * PLAN));
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < tasks; ++i) compute_unit(p, s, i / s.parts, int(i % s.parts), group);
+    for (int64_t i = 0; i < tasks; ++i) {
+      const int64_t u = i / s.parts, tile = u / s.subs;
+      const int q = int(i % s.parts), l0 = int(u % s.subs) * s.width, l1 = least(p.TL, l0 + s.width);
+      if (have != u) pack_features(a.x, a.x_layout, a.N, ix.cols, p.TL, tile, l0, l1, 0, ix.cols, packed);
+      have = u;
+      linear_rows(p, packed, tile, l0, l1, linear_part(p.ptr, ix.rows, s.parts, q),
+                  linear_part(p.ptr, ix.rows, s.parts, q + 1), groups.mine());
+    }
+  }
+}
+
+// What a task adds to the gradients of values and bias, for rows r0..r1: the packed tiles are [features][TL][16].
+template <class T>
+void linear_correlate(const LinearPass<T>& p, const T* packed_x, const T* packed_grad, int64_t r0, int64_t r1,
+                      T* grad_values, T* grad_bias) {
+  const int64_t length = int64_t(p.TL) * LANES;
+  for (int64_t r = r0; grad_bias && r < r1; ++r) {
+    V<T> sum[Vec<T>::n];
+    for (int i = 0; i < Vec<T>::n; ++i) sum[i] = zero<T>();
+    for (int64_t i = 0; i < length; i += Vec<T>::n) sum[0] += load(packed_grad + r * length + i);
+    grad_bias[r] += sum_each<T>(sum)[0];
+  }
+  if (!grad_values) return;
+  CorrelateTile<T> t;
+  t.src = packed_x;
+  t.src_row = 0;
+  t.offset = p.index;
+  t.scale = ptrdiff_t(length);
+  t.ptr_step = p.chunks;
+  t.r0 = r0, t.r1 = r1;
+  t.grad = packed_grad + r0 * length;
+  t.grad_channel = length;
+  t.grad_row = 0;
+  t.rows = 1, t.cols = p.TL;
+  t.grad_values = grad_values;
+  const CorrelateFn<T> fn = correlate_fn<T>(1, p.TL);
+  for (int h = 0; h < p.chunks; ++h) {
+    t.begin = (p.chunks > 1 ? p.split : p.ptr) + h;
+    t.end = t.begin + 1;
+    fn(t);
   }
 }
 
@@ -307,70 +335,67 @@ void linear_backward(const LinearArgs<T>& a) {
     return;
   }
   if (is_narrow(a)) return narrow_backward(a);
-  LinearPass<T> back = linear_pass(a, false);
+  const LinearPass<T> back = linear_pass(a, false), weights = linear_pass(a, true, slot_more_plan);
   const int TL = back.TL;
-  const Share s = share_out(a.N, TL, a.threads, ix.cols);
-  T* packed_grad = scratch<T>(slot_grad, s.tiles * TL * LANES * ix.rows);
-  T* packed_x = a.grad_values ? scratch<T>(slot_source, s.tiles * TL * LANES * ix.cols) : nullptr;
-  back.packed = packed_grad;
-  const int parts = linear_parts(a.threads, ix.rows);
-  const int64_t plans = a.grad_x && back.split ? div_up(ix.cols, 64) : 0, tasks = s.units() * s.parts;
-  const CorrelateFn<T> fn = correlate_fn<T>(1, TL);
-  const TeamScratch<T> groups(slot_dest, a.threads, a.grad_x ? 16 * GROUP * int64_t(TL) * LANES : 0);
+  const Share s = share_out(a.N, TL, a.threads, least(ix.rows, ix.cols), false);
+  const bool sums_wanted = a.grad_values || a.grad_bias;
+  const int64_t back_plans = a.grad_x ? plan_pieces(back) : 0, plans = a.grad_values ? plan_pieces(weights) : 0;
+  const int64_t tasks = s.tasks(), length = int64_t(TL) * LANES;
+  // Sums over the samples of several units are made apart, unit by unit or thread by thread, whichever are fewer.
+  const int copies = int(least<int64_t>(s.units(), a.threads));
+  const int64_t stride = ix.nnz + ix.rows;
+  T* sums = sums_wanted && copies > 1 ? scratch<T>(slot_sums, stride * copies) : nullptr;
+  const TeamScratch<T> sources(slot_source, a.threads, a.grad_values ? ix.cols * length : 0);
+  const TeamScratch<T> grads(slot_grad, a.threads, ix.rows * length);
+  const TeamScratch<T> groups(slot_dest, a.threads, a.grad_x ? 16 * GROUP * length : 0);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
+    T* packed_x = sources.mine();
+    T* packed_grad = grads.mine();
+    int64_t have = -1;
+    if (back_plans || plans) {
 #pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < back_plans; ++i) split_rows(back, i * PLAN, least(ix.cols, (i + 1) * PLAN));
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < plans; ++i) split_rows(weights, i * PLAN, least(ix.rows, (i + 1) * PLAN));
+    }
+    if (sums_wanted) {
+      const int64_t count = sums ? stride * copies : 0;
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < count; ++i) sums[i] = T(0);
+    }
+#pragma omp for schedule(static)
     for (int64_t i = 0; i < tasks; ++i) {
-      pack_unit(a.grad_y, a.y_layout, a.N, ix.rows, TL, s, i / s.parts, int(i % s.parts), packed_grad);
-      if (a.grad_values) pack_unit(a.x, a.x_layout, a.N, ix.cols, TL, s, i / s.parts, int(i % s.parts), packed_x);
+      const int64_t u = i / s.parts;
+      const int q = int(i % s.parts);
+      const int64_t r0 = linear_part(ix.rowptr, ix.rows, s.parts, q),
+                    r1 = linear_part(ix.rowptr, ix.rows, s.parts, q + 1);
+      // Without grad_x only the part's own rows of grad_y are read.
+      const int64_t f0 = a.grad_x ? 0 : r0, f1 = a.grad_x ? ix.rows : r1;
+      if (have != u || !a.grad_x) pack_features(a.grad_y, a.y_layout, a.N, ix.rows, TL, u, 0, TL, f0, f1, packed_grad);
+      if (have != u && a.grad_values) pack_features(a.x, a.x_layout, a.N, ix.cols, TL, u, 0, TL, 0, ix.cols, packed_x);
+      have = u;
+      if (a.grad_x)
+        linear_rows(back, packed_grad, u, 0, TL, linear_part(ix.colptr, ix.cols, s.parts, q),
+                    linear_part(ix.colptr, ix.cols, s.parts, q + 1), groups.mine());
+      if (!sums_wanted) continue;
+      T* mine = sums ? sums + stride * (s.units() <= a.threads ? u : team_member()) : nullptr;
+      T* grad_values = a.grad_values ? mine ? mine : a.grad_values : nullptr;
+      T* grad_bias = a.grad_bias ? mine ? mine + ix.nnz : a.grad_bias : nullptr;
+      if (!sums && u == 0) {
+        for (int64_t k = ix.rowptr[r0]; grad_values && k < ix.rowptr[r1]; ++k) grad_values[k] = T(0);
+        for (int64_t r = r0; grad_bias && r < r1; ++r) grad_bias[r] = T(0);
+      }
+      linear_correlate(weights, packed_x, packed_grad, r0, r1, grad_values, grad_bias);
     }
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < plans; ++i) split_rows(back, i * 64, least<int64_t>(ix.cols, i * 64 + 64));
-    if (s.parts > 1 || plans) {
-#pragma omp barrier
-    }
-    if (a.grad_x) {
-      T* group = groups.mine();
-#pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < tasks; ++i) compute_unit(back, s, i / s.parts, int(i % s.parts), group);
-    }
-    if (a.grad_values || a.grad_bias) {
-      // A thread owns its rows: no copies of the sums. What it reads, others may have packed.
-#pragma omp barrier
-#pragma omp for schedule(dynamic, 1)
-      for (int part = 0; part < parts; ++part) {
-        const int64_t r0 = linear_part(ix.rowptr, ix.rows, parts, part);
-        const int64_t r1 = linear_part(ix.rowptr, ix.rows, parts, part + 1);
-        if (r0 == r1) continue;
-        if (a.grad_bias) {
-          for (int64_t r = r0; r < r1; ++r) {
-            V<T> sum[Vec<T>::n];
-            for (int i = 0; i < Vec<T>::n; ++i) sum[i] = zero<T>();
-            for (int64_t tile = 0; tile < s.tiles; ++tile)
-              for (int i = 0; i < TL * LANES; i += Vec<T>::n)
-                sum[0] += load(packed_grad + (tile * ix.rows + r) * TL * LANES + i);
-            a.grad_bias[r] = sum_each<T>(sum)[0];
-          }
-        }
-        if (!a.grad_values) continue;
-        for (int32_t k = ix.rowptr[r0]; k < ix.rowptr[r1]; ++k) a.grad_values[k] = T(0);
-        CorrelateTile<T> t;
-        t.src_row = 0;
-        t.ptr_step = 1;
-        t.begin = ix.rowptr;
-        t.end = ix.rowptr + 1;
-        t.r0 = r0, t.r1 = r1;
-        t.grad_channel = int64_t(TL) * LANES;
-        t.grad_row = 0;
-        t.rows = 1, t.cols = TL;
-        t.grad_values = a.grad_values;
-        t.offset = ix.col;
-        t.scale = ptrdiff_t(TL) * LANES;
-        for (int64_t tile = 0; tile < s.tiles; ++tile) {
-          t.src = packed_x + tile * ix.cols * TL * LANES;
-          t.grad = packed_grad + (tile * ix.rows + r0) * TL * LANES;
-          fn(t);
-        }
+    if (sums) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < stride; ++i) {
+        T* out = i < ix.nnz ? a.grad_values : a.grad_bias;
+        if (!out) continue;
+        T sum = sums[i];
+        for (int c = 1; c < copies; ++c) sum += sums[i + c * stride];
+        out[i < ix.nnz ? i : i - ix.nnz] = sum;
       }
     }
   }

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +246,22 @@ def test_learning_rate_of_sparse_weights():
         assert group["lr"] == (1.5 if group["reg"].sparse else 0.5)
 
 
+def test_ramp_of_the_target():
+    """From the sparsity of the start to the target in the first half of the run, evenly."""
+    config = Config(method="ml-linbreg", target_sparsity=0.95, init_density=0.25, ramp=0.5, epochs=2).resolved()
+    run = train.Run(config, data.load("digits"))
+    assert run.lam.ramp_steps == run.steps // 2 > 1
+    start = run.lam._sparsities(run.lam._count())[0]
+    assert start == pytest.approx(0.75, abs=0.02)
+    assert run.lam.goals() == pytest.approx([start])
+    run.lam._steps = run.lam.ramp_steps // 4
+    part = run.lam._steps / run.lam.ramp_steps
+    assert run.lam.goals() == pytest.approx([start + part * (0.95 - start)])
+    run.lam._steps = run.steps - 1
+    assert run.lam.goals() == [0.95]
+    assert train.Run(replace(config, ramp=0.0), data.load("digits")).lam.goals() == [0.95]
+
+
 def test_targets_follow_the_distribution():
     """Layers too small for a pattern of their own have no λ."""
     options = {"model": "resnet18", "target_sparsity": 0.95, "data": "synthetic", "init_distribution": "erk"}
@@ -328,6 +344,8 @@ def test_info_as_a_module():
         (("--coarse-steps", "-3"), "coarse_steps: expected an integer of at least 0, got -3"),
         (("--method", "sgd", "--lam", "0.1"), "lam: expected no value for the method sgd, got 0.1"),
         (("--init-density", "0"), "init_density: expected a finite number above 0"),
+        (("--ramp", "1.5", "--target-sparsity", "0.9"), "ramp: expected a finite number of at least 0 and at most 1"),
+        (("--ramp", "0.5"), "ramp: expected no value without a target sparsity, got 0.5"),
         (("--model", "convnet"), "in_shape: expected images of at least 16 x 16, got 8 x 8"),
         (("--threads", "0"), "threads: expected an integer of at least 1"),
     ],

@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument(
             "--per-layer", action=argparse.BooleanOptionalAction, help="every large layer reaches a target of its own"
         )
+        p.add_argument(
+            "--ramp", type=float, help="fraction of the run over which the target moves from the sparsity of the start"
+        )
         p.add_argument("--coarse-steps", type=int, help="coarse steps per fine step (ml- methods)")
         p.add_argument("--init-density", type=float, help="density of the sparse start")
         p.add_argument("--init-distribution", help=f"of the density over the layers: one of {', '.join(DISTRIBUTIONS)}")

@@ -37,7 +37,8 @@ class Config:
 
     ``epochs`` is 5, ``augment`` off and ``warmup`` (epochs over which the learning rate rises) 0 where nothing else is
     said; ``threads`` is torch's own number. ``sparse_lr`` is the learning rate of regularised weights as a multiple of
-    ``lr``. With ``per_layer`` every layer has a target of its own, distributed as ``init_distribution``.
+    ``lr``. With ``per_layer`` every layer has a target of its own, distributed as ``init_distribution``. ``ramp``
+    is the part of the run, from 0 to 1, in which the target moves evenly from the sparsity of the start.
     """
 
     data: str = "digits"
@@ -58,6 +59,7 @@ class Config:
     lam: float | None = None
     target_sparsity: float | None = None
     per_layer: bool | None = None
+    ramp: float | None = None
     coarse_steps: int | None = None
     init_density: float | None = None
     init_distribution: str | None = None
@@ -102,6 +104,10 @@ class Config:
             if getattr(c, name) is not None:
                 check_real(name, getattr(c, name), low=0)
         check_real("delta", c.delta, low=0, strict=True)
+        if c.ramp is not None:
+            check_real("ramp", c.ramp, low=0, high=1)
+            if c.ramp and c.target_sparsity is None:
+                raise ValueError(expected("ramp", "no value without a target sparsity", c.ramp))
         if check_real("validation", c.validation, low=0) >= 1:
             raise ValueError(expected("validation", "a fraction below 1", c.validation))
         if c.init_density is not None:

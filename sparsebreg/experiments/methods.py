@@ -154,6 +154,7 @@ _SPARSE = {
     "init_distribution": "uniform",
     "target_sparsity": None,
     "per_layer": False,
+    "ramp": 0.0,
     "sparse_lr": 1.0,
 }
 _SGD = {"lr": 0.05, "momentum": 0.9}

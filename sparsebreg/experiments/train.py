@@ -97,7 +97,10 @@ class Run:
         if config.target_sparsity is not None and METHODS[config.method].bregman:
             steps = self.cycle if isinstance(self.cycle, sb.Multilevel) else self.optimizer
             targets = layer_targets(self.model, config) if config.per_layer else False
-            self.lam = sb.LambdaScheduler(steps, config.target_sparsity, per_layer=targets)
+            ramp = round(config.ramp * self.steps)  # type: ignore[operator]
+            self.lam = sb.LambdaScheduler(
+                steps, config.target_sparsity, targets, ramp="linear" if ramp else None, ramp_steps=ramp
+            )
         self.schedule = self._schedule(self.optimizer)
         self.layer_flops = flops.per_layer(self.model, (1, *data.shape))
         self.step_flops = flops.step_flops(self.layer_flops, self.model)

@@ -397,6 +397,16 @@ def test_defaults(method, model):
     assert Config(**data, target_sparsity=0.9, lr=0.7).resolved().lr == 0.7
 
 
+def test_weight_decay_is_nobodys_without_a_reason():
+    for method in METHODS:
+        c = Config(data="fashion-mnist", method=method).resolved()
+        assert c.weight_decay == 0
+    c = Config(data="fashion-mnist", method="ml-adabreg", model="convnet", target_sparsity=0.95).resolved()
+    assert (c.weight_decay, c.ramp, c.init_density) == (1e-4, 0.7, 0.25)
+    c = Config(method="ml-adabreg", model="convnet", data="fashion-mnist", target_sparsity=0.95, weight_decay=0.0)
+    assert c.resolved().weight_decay == 0
+
+
 def test_settled_defaults():
     """Without a target sparsity ML-LinBreg starts as it always did."""
     c = Config(data="fashion-mnist", method="ml-linbreg").resolved()

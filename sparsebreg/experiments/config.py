@@ -35,10 +35,11 @@ FREE = ("out", "data_dir", "checkpoint_minutes")
 class Config:
     """What a run is. None: the default of the method, model or data set (see ``METHODS`` and ``FOR_DATA``).
 
-    ``epochs`` is 5, ``augment`` off and ``warmup`` (epochs over which the learning rate rises) 0 where nothing else is
-    said; ``threads`` is torch's own number. ``sparse_lr`` is the learning rate of regularised weights as a multiple of
-    ``lr``. With ``per_layer`` every layer has a target of its own, distributed as ``init_distribution``. ``ramp``
-    is the part of the run, from 0 to 1, in which the target moves evenly from the sparsity of the start.
+    Where nothing else is said ``epochs`` is 5, ``augment`` off, ``weight_decay`` and ``warmup`` (epochs over which the
+    learning rate rises) 0, and ``threads`` torch's own number. ``sparse_lr`` is the learning rate of regularised
+    weights as a multiple of ``lr``. With ``per_layer`` every layer has a target of its own, distributed as
+    ``init_distribution``. ``ramp`` is the part of the run, from 0 to 1, in which the target moves evenly from the
+    sparsity of the start.
     """
 
     data: str = "digits"
@@ -55,7 +56,7 @@ class Config:
     warmup: float | None = None
     momentum: float | None = None
     delta: float = 1.0
-    weight_decay: float = 0.0
+    weight_decay: float | None = None
     lam: float | None = None
     target_sparsity: float | None = None
     per_layer: bool | None = None
@@ -81,7 +82,8 @@ class Config:
         for name in special() - set(method.defaults):
             if name in given:
                 raise ValueError(expected(name, f"no value for the method {self.method}", given[name]))
-        defaults = {"epochs": 5, "augment": False, "warmup": 0.0, "threads": torch.get_num_threads()}
+        defaults = {"epochs": 5, "augment": False, "warmup": 0.0, "weight_decay": 0.0}
+        defaults["threads"] = torch.get_num_threads()
         if self.target_sparsity is not None:
             target = check_real("target_sparsity", self.target_sparsity, low=0, strict=True)
             if target >= 1:

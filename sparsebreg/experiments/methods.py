@@ -173,6 +173,10 @@ _NORMED = {
     "init_distribution": "uniform",
 }
 
+# A small network's weights that are active from the start stay active, whether they pay or not. Starting denser and
+# putting to sleep what stays small costs half as many FLOPs again, and brings a point on the ConvNet.
+_FROM_DENSER = {"init_density": 0.25, "ramp": 0.7}
+
 METHODS: dict[str, Method] = {
     "sgd": Method(_sgd, _SGD, dense=True),
     "linbreg": Method(
@@ -195,7 +199,8 @@ METHODS: dict[str, Method] = {
             **dict.fromkeys(_WITH_NORM, _NORMED),
         },
         # In the first epochs a smaller λ keeps 95 % sparsity than in the last.
-        for_both={model: {"lam": 0.01} for model in _WITH_NORM},
+        for_both={"convnet": {**_FROM_DENSER, "lam": 0.15, "weight_decay": 3e-4}}
+        | {model: {"lam": 0.01} for model in _WITH_NORM},
         bregman=True,
     ),
     "ml-adabreg": Method(
@@ -203,6 +208,7 @@ METHODS: dict[str, Method] = {
         {**_SPARSE, "lr": 2e-3, "lam": 0.02, "coarse_steps": 29},
         bregman=True,
         for_target={"lr": 6e-3, "lam": 0.05, "coarse_steps": 39},
+        for_both={"convnet": {**_FROM_DENSER, "lr": 4e-3, "lam": 0.2, "coarse_steps": 9, "weight_decay": 1e-4}},
     ),
     # Sparse layers bear, and need, a larger step than dense ones.
     "rigl": Method(_masked(_rigl), {**_DYNAMIC, "lr": 0.3}, for_model={"convnet": {"lr": 0.2}}),

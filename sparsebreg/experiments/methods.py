@@ -188,7 +188,11 @@ METHODS: dict[str, Method] = {
     ),
     "adabreg": Method(_ADABREG, {**_SPARSE, "lr": 2e-3, "lam": 0.02}, bregman=True, for_target={"lr": 4e-3}),
     "proxsgd": Method(
-        _PROXSGD, {**_SPARSE, **_SGD, "lam": 1e-4, "init_density": 0.2}, bregman=True, for_target={"lr": 0.2}
+        _PROXSGD,
+        {**_SPARSE, **_SGD, "lam": 1e-4, "init_density": 0.2},
+        for_model={"convnet": {"lr": 0.1, "warmup": 0.2}},
+        bregman=True,
+        for_target={"lr": 0.2},
     ),
     "ml-linbreg": Method(
         _LINBREG,
@@ -210,10 +214,12 @@ METHODS: dict[str, Method] = {
         for_target={"lr": 6e-3, "lam": 0.05, "coarse_steps": 39},
         for_both={"convnet": {**_FROM_DENSER, "lr": 4e-3, "lam": 0.2, "coarse_steps": 9, "weight_decay": 1e-4}},
     ),
-    # Sparse layers bear, and need, a larger step than dense ones.
-    "rigl": Method(_masked(_rigl), {**_DYNAMIC, "lr": 0.3}, for_model={"convnet": {"lr": 0.2}}),
+    # Sparse layers bear, and need, a larger step than dense ones. Convolutions diverge where it is large from the start.
+    "rigl": Method(_masked(_rigl), {**_DYNAMIC, "lr": 0.3}, for_model={"convnet": {"lr": 0.2, "warmup": 0.2}}),
     "set": Method(_masked(_set), {**_DYNAMIC, "lr": 0.2}),
-    "prune": Method(_masked(_prune), {**_DYNAMIC, "lr": 0.2}, dense=True),
+    "prune": Method(
+        _masked(_prune), {**_DYNAMIC, "lr": 0.2}, for_model={"convnet": {"lr": 0.1, "warmup": 0.2}}, dense=True
+    ),
 }
 
 #: What a data set needs otherwise, where a method takes the option. CIFAR-10: as in arXiv 2602.03535.

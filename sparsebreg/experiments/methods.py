@@ -174,7 +174,7 @@ _NORMED = {
 }
 
 # A small network's weights that are active from the start stay active, whether they pay or not. Starting denser and
-# putting to sleep what stays small costs half as many FLOPs again, and brings a point on the ConvNet.
+# putting to sleep what stays small costs half as many FLOPs again or more, and brought up to a point on the ConvNet.
 _FROM_DENSER = {"init_density": 0.25, "ramp": 0.7}
 
 METHODS: dict[str, Method] = {

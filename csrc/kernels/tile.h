@@ -22,9 +22,9 @@ struct GatherTile {
   int64_t r0, r1;
   T* dst;  // of channel r0
   ptrdiff_t dst_channel, dst_row, dst_col;
-  const T* bias;         // of channel r0; null: none
-  bool first, last;      // of the chunks that a sum is made in
-  T* sums;               // between chunks: [r1 - r0][TR * TC][LANES]
+  const T* bias;                 // of channel r0; null: none
+  bool first, last;              // of the chunks that a sum is made in
+  T* sums;                       // between chunks: [r1 - r0][TR * TC][LANES]
   bool past_the_caches = false;  // how dst is written
 };
 

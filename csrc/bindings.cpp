@@ -545,18 +545,18 @@ py::object index_of(const T* dense, int64_t rows, int64_t cols, const py::object
   if (old && (old->rows != rows || old->cols != cols))
     refuse("known", "a pattern of the same size", std::to_string(old->rows) + " x " + std::to_string(old->cols));
   std::unique_ptr<NativeIndex> made;
+  bool too_many;
   {
     py::gil_scoped_release nogil;
     std::vector<int32_t> rowptr(size_t(rows + 1));
     std::vector<uint64_t> bits(size_t(rows * row_words(cols)));
     const int64_t nnz = mark_nonzeros(dense, rows, cols, bits.data(), rowptr.data(), t);
     if (nnz < 0) refuse("mask", "at most 2147483647 nonzeros", "more");
-    if (nnz > most)
-      most = -1;
-    else if (!old || !covers(old->rowptr, old->col, bits.data(), rows, cols, t))
+    too_many = nnz > most;
+    if (!too_many && (!old || !covers(old->rowptr, old->col, bits.data(), rows, cols, t)))
       made = std::make_unique<NativeIndex>(rows, cols, nnz, bits, rowptr, t);
   }
-  if (most < 0) return py::none();
+  if (too_many) return py::none();
   return made ? py::cast(std::move(made)) : known;
 }
 

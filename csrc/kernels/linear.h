@@ -131,10 +131,15 @@ void split_rows(const LinearPass<T>& p, int64_t d0, int64_t d1) {
   const int64_t per_chunk = div_up(p.src_features, p.chunks);
   for (int64_t d = d0; d < d1; ++d) {
     int32_t k = p.ptr[d];
-    const int32_t end = p.ptr[d + 1];
     for (int h = 0; h < p.chunks; ++h) {
+      for (int32_t end = p.ptr[d + 1]; k < end;) {  // the indices of a destination ascend
+        const int32_t middle = k + (end - k) / 2;
+        if (p.index[middle] < h * per_chunk)
+          k = middle + 1;
+        else
+          end = middle;
+      }
       p.split[d * p.chunks + h] = k;
-      while (k < end && p.index[k] < (h + 1) * per_chunk) ++k;
     }
   }
 }
@@ -278,7 +283,7 @@ void linear_forward(const LinearArgs<T>& a) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < plans; ++i) split_rows(p, i * PLAN, least(ix.rows, (i + 1) * PLAN));
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < tasks; ++i) {
       const int64_t u = i / s.parts, tile = u / s.subs;
       const int q = int(i % s.parts), l0 = int(u % s.subs) * s.width, l1 = least(p.TL, l0 + s.width);
@@ -359,12 +364,11 @@ void linear_backward(const LinearArgs<T>& a) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < plans; ++i) split_rows(weights, i * PLAN, least(ix.rows, (i + 1) * PLAN));
     }
-    if (sums_wanted) {
-      const int64_t count = sums ? stride * copies : 0;
+    if (sums) {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < count; ++i) sums[i] = T(0);
+      for (int64_t i = 0; i < stride * copies; ++i) sums[i] = T(0);
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < tasks; ++i) {
       const int64_t u = i / s.parts;
       const int q = int(i % s.parts);
@@ -389,7 +393,8 @@ void linear_backward(const LinearArgs<T>& a) {
       linear_correlate(weights, packed_x, packed_grad, r0, r1, grad_values, grad_bias);
     }
     if (sums) {
-#pragma omp for schedule(static)
+#pragma omp barrier
+#pragma omp for schedule(static) nowait
       for (int64_t i = 0; i < stride; ++i) {
         T* out = i < ix.nnz ? a.grad_values : a.grad_bias;
         if (!out) continue;

@@ -223,6 +223,50 @@ void linear_backward(const NativeIndex& pattern, int64_t N, const py::array& gra
   });
 }
 
+// Arguments with x in place; `size` is its number of elements.
+template <class T>
+NormArgs<T> norm_args(int64_t N, int64_t C, int64_t P, const py::array& x, int64_t* size, int threads) {
+  if (N < 1 || C < 1 || P < 1) refuse("x", "at least one sample, channel and position", "none");
+  NormArgs<T> a{};
+  a.N = N, a.C = C, a.P = P;
+  *size = elements("x", N, Layout::lanes, {C, P});
+  a.x = in<T>("x", x, *size);
+  a.threads = team(threads, double(N) * double(C) * double(P));
+  return a;
+}
+
+// What tells where a ReLU behind a norm lets a gradient pass: its result, or (scale, shift) that x became it with.
+using Gate = std::variant<std::monostate, py::array, std::pair<py::array, py::array>>;
+
+// What both passes of the gradient take.
+template <class T>
+NormArgs<T> norm_grad_args(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y,
+                           const Gate& gate, const py::array& mean, int64_t* size, int threads) {
+  NormArgs<T> a = norm_args<T>(N, C, P, x, size, threads);
+  a.grad_y = in<T>("grad_y", grad_y, *size);
+  if (auto* result = std::get_if<1>(&gate)) a.result = in<T>("result", *result, *size);
+  if (auto* relu = std::get_if<2>(&gate)) {
+    a.relu_scale = in<T>("relu_scale", relu->first, C);
+    a.relu_shift = in<T>("relu_shift", relu->second, C);
+  }
+  a.mean = const_cast<T*>(in<T>("mean", mean, C));  // read here; norm_stats writes it
+  return a;
+}
+
+// A norm that a gradient is still to go through: x, the gate, mean, scale, slope, shift.
+using BackNorm = std::tuple<py::array, Gate, py::array, py::array, py::array, py::array>;
+
+template <class T>
+NormArgs<T> back_norm_args(int64_t N, int64_t C, int64_t P, const BackNorm& norm, const py::array& grad_y,
+                           int64_t* size, int threads) {
+  const auto& [x, gate, mean, scale, slope, shift] = norm;
+  NormArgs<T> a = norm_grad_args<T>(N, C, P, x, grad_y, gate, mean, size, threads);
+  a.scale = in<T>("scale", scale, C);
+  a.slope = in<T>("slope", slope, C);
+  a.shift = in<T>("shift", shift, C);
+  return a;
+}
+
 template <class T>
 ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, int x_layout,
                       int y_layout, const py::array& values, int threads) {
@@ -279,7 +323,7 @@ void set_norm(ConvArgs<T>& a, const MaybeNorm& norm) {
 
 void conv2d_forward(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, const py::array& x,
                     int x_layout, const MaybeNorm& norm, const py::array& values, const Maybe& bias, py::array y,
-                    int y_layout, int threads) {
+                    int y_layout, std::optional<std::pair<py::array, py::array>> moments, int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
     ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout, values, threads);
@@ -287,20 +331,33 @@ void conv2d_forward(const NativeIndex& pattern, int64_t N, const std::vector<int
     a.bias = maybe_in<T>("bias", bias, a.OC);
     a.x = in<T>("x", x, elements("x", N, a.x_layout, {a.IC, a.H, a.W}));
     a.y = out<T>("y", y, elements("y", N, a.y_layout, {a.OC, a.OH, a.OW}));
+    if (moments) {
+      if (a.y_layout != Layout::lanes || N < 1) refuse("moments", "a sample or more in the lane layout", "others");
+      a.mean = out<T>("mean", moments->first, a.OC);
+      a.var = out<T>("var", moments->second, a.OC);
+    }
     py::gil_scoped_release nogil;
     kernels_of<T>().conv2d_forward(a);
   });
 }
 
 void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, const py::array& grad_y,
-                     int y_layout, const Maybe& x, int x_layout, const MaybeNorm& norm, const py::array& values,
-                     Maybe grad_x, Maybe grad_values, Maybe grad_bias, int threads) {
+                     int y_layout, const std::optional<BackNorm>& y_norm, const Maybe& x, int x_layout,
+                     const MaybeNorm& norm, const py::array& values, Maybe grad_x, Maybe grad_values, Maybe grad_bias,
+                     int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
     ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout, values, threads);
     set_norm(a, norm);
     check_backward(a, elements("x", N, a.x_layout, {a.IC, a.H, a.W}),
                    elements("grad_y", N, a.y_layout, {a.OC, a.OH, a.OW}), grad_y, x, grad_x, grad_values, grad_bias);
+    NormArgs<T> behind;
+    if (y_norm) {
+      if (a.y_layout != Layout::lanes) refuse("y_layout", "the lane layout where y has a norm", "another");
+      int64_t size;
+      behind = back_norm_args<T>(N, a.OC, int64_t(a.OH) * a.OW, *y_norm, grad_y, &size, threads);
+      a.y_norm = &behind;
+    }
     py::gil_scoped_release nogil;
     kernels_of<T>().conv2d_backward(a);
   });
@@ -449,18 +506,6 @@ void max_pool(int64_t planes, const std::vector<int>& geometry, const Maybe& x, 
   });
 }
 
-// Arguments with x in place; `size` is its number of elements.
-template <class T>
-NormArgs<T> norm_args(int64_t N, int64_t C, int64_t P, const py::array& x, int64_t* size, int threads) {
-  if (N < 1 || C < 1 || P < 1) refuse("x", "at least one sample, channel and position", "none");
-  NormArgs<T> a{};
-  a.N = N, a.C = C, a.P = P;
-  *size = elements("x", N, Layout::lanes, {C, P});
-  a.x = in<T>("x", x, *size);
-  a.threads = team(threads, double(N) * double(C) * double(P));
-  return a;
-}
-
 void norm_stats(int64_t N, int64_t C, int64_t P, const py::array& x, py::array mean, py::array var, int threads) {
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
@@ -489,24 +534,6 @@ void norm_apply(int64_t N, int64_t C, int64_t P, const py::array& x, const py::a
   });
 }
 
-// What tells where a ReLU behind a norm lets a gradient pass: its result, or (scale, shift) that x became it with.
-using Gate = std::variant<std::monostate, py::array, std::pair<py::array, py::array>>;
-
-// What both passes of the gradient take.
-template <class T>
-NormArgs<T> norm_grad_args(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y,
-                           const Gate& gate, const py::array& mean, int64_t* size, int threads) {
-  NormArgs<T> a = norm_args<T>(N, C, P, x, size, threads);
-  a.grad_y = in<T>("grad_y", grad_y, *size);
-  if (auto* result = std::get_if<1>(&gate)) a.result = in<T>("result", *result, *size);
-  if (auto* relu = std::get_if<2>(&gate)) {
-    a.relu_scale = in<T>("relu_scale", relu->first, C);
-    a.relu_shift = in<T>("relu_shift", relu->second, C);
-  }
-  a.mean = const_cast<T*>(in<T>("mean", mean, C));  // read here; norm_stats writes it
-  return a;
-}
-
 void norm_reduce(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y, const Maybe& grad_more,
                  const Gate& gate, const py::array& mean, py::array sum_g, py::array sum_gx, Maybe grad, int threads) {
   for_dtype(x, [&](auto zero) {
@@ -522,16 +549,12 @@ void norm_reduce(int64_t N, int64_t C, int64_t P, const py::array& x, const py::
   });
 }
 
-void norm_grad(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y, const Gate& gate,
-               const py::array& mean, const py::array& scale, const py::array& slope, const py::array& shift,
-               py::array grad_x, int threads) {
-  for_dtype(x, [&](auto zero) {
+void norm_grad(int64_t N, int64_t C, int64_t P, const py::array& grad_y, const BackNorm& norm, py::array grad_x,
+               int threads) {
+  for_dtype(grad_y, [&](auto zero) {
     using T = decltype(zero);
     int64_t size;
-    NormArgs<T> a = norm_grad_args<T>(N, C, P, x, grad_y, gate, mean, &size, threads);
-    a.scale = in<T>("scale", scale, C);
-    a.slope = in<T>("slope", slope, C);
-    a.shift = in<T>("shift", shift, C);
+    NormArgs<T> a = back_norm_args<T>(N, C, P, norm, grad_y, &size, threads);
     a.y = out<T>("grad_x", grad_x, size);
     py::gil_scoped_release nogil;
     kernels_of<T>().norm_grad(a);

@@ -72,12 +72,12 @@ class _Linear(torch.autograd.Function):
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     @labelled("conv2d")
-    def forward(ctx: Any, x, values, bias, weight, pattern, geometry, layout, backend):
+    def forward(ctx: Any, x, values, bias, weight, pattern, geometry, layout, training, backend):
         ctx.pattern, ctx.geometry, ctx.backend, ctx.x_shape = pattern, geometry, backend, x.shape
         x = _readable(x, backend)
         wanted = any(w is not None and w.requires_grad for w in (values, weight))
         ctx.save_for_backward(x if wanted else None, values)
-        y = backend.conv2d_forward(pattern, x, values, bias, geometry, layout)
+        y = backend.conv2d_forward(pattern, x, values, bias, geometry, layout, training)
         _count(backend, 1, pattern, math.prod((len(y), *y.shape[2:])))
         return y
 
@@ -89,6 +89,8 @@ class _Conv2d(torch.autograd.Function):
         *needs, needs_weight = ctx.needs_input_grad[:4]
         pattern, geometry = ctx.pattern, ctx.geometry
         grad_y = _dense_format(_readable(grad_y, ctx.backend))
+        if needs_weight:
+            _plain(grad_y)  # torch wants it, so that nothing is gained by leaving it to the kernel
         _count(ctx.backend, needs[0] + needs[1], pattern, math.prod((len(grad_y), *grad_y.shape[2:])))
         grads = ctx.backend.conv2d_backward(pattern, grad_y, x, values, geometry, ctx.x_shape, needs)
         grad_weight = None
@@ -99,7 +101,7 @@ class _Conv2d(torch.autograd.Function):
                 _plain(grad_y), _plain(x), shape, None, stride, padding, dilation, False, (0, 0), groups,
                 (False, True, False),
             )  # fmt: skip
-        return *grads, grad_weight, None, None, None, None
+        return *grads, grad_weight, None, None, None, None, None
 
 
 def _dense_format(x: torch.Tensor) -> torch.Tensor:
@@ -213,5 +215,6 @@ def sparse_conv2d(
         layout = Layout.CHANNELS_LAST
     else:
         layout = Layout.PLAIN
-    y = _Conv2d.apply(batch, values.contiguous(), bias, weight, pattern, geometry, layout, backend)
+    training = torch.is_grad_enabled()  # not known any more inside
+    y = _Conv2d.apply(batch, values.contiguous(), bias, weight, pattern, geometry, layout, training, backend)
     return y if x.dim() == 4 else y.squeeze(0)

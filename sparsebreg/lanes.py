@@ -69,13 +69,15 @@ class _Cell:
     """The storage that a lane tensor shares with its aliases.
 
     ``packed`` holds the data and ``plain`` at most a copy, until something takes a view with plain strides or writes in
-    place through an unknown operation: from then on ``plain`` is the data (``exposed``).
+    place through an unknown operation: from then on ``plain`` is the data (``exposed``). ``moments`` are mean and
+    biased variance of the channels, where whoever computed the data took them along.
     """
 
-    __slots__ = ("__weakref__", "exposed", "n", "packed", "plain", "readers")
+    __slots__ = ("__weakref__", "exposed", "moments", "n", "packed", "plain", "readers")
 
     def __init__(self, packed: torch.Tensor | None, n: int) -> None:
         self.packed: torch.Tensor | None = packed
+        self.moments: tuple[torch.Tensor, torch.Tensor] | None = None
         self.plain: torch.Tensor | None = None
         self.exposed = False
         self.n = n
@@ -105,7 +107,8 @@ class _Cell:
         return packed
 
     def _settle(self) -> None:
-        """Who meant to read the storage later reads it now."""
+        """Before the storage is written to: who meant to read it later reads it now."""
+        self.moments = None
         for reader in list(self.readers or ()):
             reader.settle()
         self.readers = None
@@ -220,6 +223,30 @@ class _Masked(_Deferred):
         )
 
 
+class _NormGrad(_Deferred):
+    """What a batch norm makes of the gradient of its result: scale * gradient + slope * (x - mean) + shift.
+
+    ``sources`` are the gradient and x. Where the ReLU behind the norm lets the gradient pass: see ``_Normed.gate``.
+    """
+
+    __slots__ = ("factors", "gate", "sizes")
+
+    def __init__(self, sources, sizes: tuple[int, int, int], gate: Any, *factors: torch.Tensor) -> None:
+        super().__init__(*sources)
+        self.sizes, self.gate, self.factors = sizes, gate, factors
+
+    def norm(self, x: _Cell) -> tuple:
+        """As the kernels take it."""
+        return x.get_packed().numpy(), self.gate, *(f.numpy() for f in self.factors)
+
+    @labelled("norm_grad")
+    def compute(self, sources: tuple[_Cell, ...]) -> torch.Tensor:
+        grad, x = sources
+        out = memory.empty(tuple(x.get_packed().shape), x.get_packed().dtype)
+        native().norm_grad(*self.sizes, grad.get_packed().numpy(), self.norm(x), out.numpy(), torch.get_num_threads())
+        return out
+
+
 class LaneTensor(torch.Tensor):
     """A tensor of shape (N, ...) whose storage is the lane layout. Made by the layers, not by hand.
 
@@ -281,6 +308,12 @@ class LaneTensor(torch.Tensor):
 def wrap(packed: torch.Tensor, n: int) -> LaneTensor:
     """The lane tensor of n samples over (ceil(n / 16), ..., 16)."""
     return _alias(_Cell(packed, n), (n, *packed.shape[1:-1]), packed.dtype)
+
+
+def make_moments(x: LaneTensor) -> tuple[Any, Any]:
+    """Room for the moments of x, for a kernel to fill."""
+    x._cell.moments = torch.empty(x.shape[1], dtype=x.dtype), torch.empty(x.shape[1], dtype=x.dtype)
+    return tuple(t.numpy() for t in x._cell.moments)
 
 
 class _FromPlain(torch.autograd.Function):
@@ -507,6 +540,15 @@ def waiting_norm(x: Any) -> tuple[_Normed, torch.Tensor] | None:
         return None
     sources = cell.sources  # read first: another thread may be done at any time
     return (cell, sources[0].get_packed()) if cell.waiting() else None
+
+
+def waiting_norm_grad(grad: Any) -> tuple[Any, tuple] | None:
+    """The gradient that a batch norm is still to be applied to, to become ``grad``, and the norm as kernels take it."""
+    cell = getattr(grad, "_cell", None)
+    if not isinstance(cell, _NormGrad) or cell.sizes != _norm_sizes(grad):
+        return None
+    sources = cell.sources  # read first: another thread may be done at any time
+    return (sources[0].get_packed().numpy(), cell.norm(sources[1])) if cell.waiting() else None
 
 
 def _normed(x: Any) -> _Normed | None:
@@ -789,8 +831,11 @@ def _batch_norm(func, args, kwargs):
     n, channels, positions = sizes = _norm_sizes(x)
     packed, threads = x.packed, torch.get_num_threads()
     if training:
-        mean, var = torch.empty((2, channels), dtype=x.dtype)
-        native().norm_stats(*sizes, packed.numpy(), mean.numpy(), var.numpy(), threads)
+        if x._cell.moments is not None and len(x._cell.moments[0]) == channels:
+            mean, var = x._cell.moments
+        else:
+            mean, var = torch.empty((2, channels), dtype=x.dtype)
+            native().norm_stats(*sizes, packed.numpy(), mean.numpy(), var.numpy(), threads)
         invstd = torch.rsqrt(var + eps)
         if running_mean is not None:
             running_mean.lerp_(mean, momentum)
@@ -803,9 +848,13 @@ def _batch_norm(func, args, kwargs):
         saved = torch.empty(0), torch.empty(0)
     scale = invstd if weight is None else invstd * weight
     shift = -mean * scale if bias is None else bias - mean * scale
+    return _alias(_Normed((_source(x, packed),), sizes, scale, shift), x.shape, x.dtype), *saved
+
+
+def _source(x: LaneTensor, packed: torch.Tensor) -> _Cell:
+    """The cell of x, to be read later; ``packed`` is its storage now."""
     # An exposed x may be written to unseen, and what was packed of it is not kept: a cell that does.
-    source = _Cell(packed, n) if x._cell.exposed else x._cell
-    return _alias(_Normed((source,), sizes, scale, shift), x.shape, x.dtype), *saved
+    return _Cell(packed, x.shape[0]) if x._cell.exposed else x._cell
 
 
 @_handles(aten.native_batch_norm_backward.default)
@@ -820,36 +869,35 @@ def _batch_norm_backward(func, args, kwargs):
     packed, threads = x.packed, torch.get_num_threads()
     gate = more = passed = None
     if isinstance(grad_y, LaneTensor) and isinstance(masked := grad_y._cell, _Masked) and masked.waiting():
-        grad, result = masked.sources
+        source, result = masked.sources
         gate = result.gate(x._cell)
-        if isinstance(grad, _Sum) and grad.waiting():
-            grad, more = grad.sources
+        if isinstance(source, _Sum) and source.waiting():
+            source, more = source.sources
             more = more.get_packed()
-        grad_y = grad.get_packed()
         # Where there is another summand, it asks for the masked gradient, too.
         if result.summed or more is not None:
             passed = memory.empty(tuple(packed.shape), x.dtype)
-        del grad
+    elif isinstance(grad_y, LaneTensor):
+        source = _source(grad_y, grad_y.packed)
     else:
-        grad_y = grad_y.packed if isinstance(grad_y, LaneTensor) else pack(grad_y.contiguous())
+        source = _Cell(pack(grad_y.contiguous()), n)
     sum_g, sum_gx = torch.empty((2, channels), dtype=x.dtype)
     native().norm_reduce(
-        *sizes, packed.numpy(), grad_y.numpy(), _numpy(more), gate, mean.numpy(), sum_g.numpy(), sum_gx.numpy(),
-        _numpy(passed), threads,
+        *sizes, packed.numpy(), source.get_packed().numpy(), _numpy(more), gate, mean.numpy(), sum_g.numpy(),
+        sum_gx.numpy(), _numpy(passed), threads,
     )  # fmt: skip
     if passed is not None:
         masked.finish(passed)
-        grad_y, gate, more = passed, None, None
+        source, gate = masked, None
     grad_x = None
     if wanted[0]:
         scale = invstd if weight is None else invstd * weight
         count = n * positions
         slope = -scale * invstd * invstd * sum_gx / count if training else torch.zeros_like(scale)
         shift = -scale * sum_g / count if training else torch.zeros_like(scale)
-        out = memory.empty(tuple(packed.shape), x.dtype)
-        native().norm_grad(
-            *sizes, packed.numpy(), grad_y.numpy(), gate, mean.numpy(), scale.numpy(), slope.numpy(), shift.numpy(),
-            out.numpy(), threads,
-        )  # fmt: skip
-        grad_x = wrap(out, n)
+        cell = _NormGrad((source, _source(x, packed)), sizes, gate, mean, scale, slope, shift)
+        # The convolution before computes it as it reads; a gate that may change is not waited for.
+        if not (gate is None or isinstance(gate, tuple)):
+            cell.get_packed()
+        grad_x = _alias(cell, x.shape, x.dtype)
     return grad_x, sum_gx * invstd if wanted[1] else None, sum_g if wanted[2] else None

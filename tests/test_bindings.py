@@ -43,16 +43,27 @@ CALLS = {
         {"grad_x", "grad_values", "grad_bias"},
     ),
     "conv2d_forward": (
-        lambda a, t: C.conv2d_forward(cx, 2, GEOMETRY, a["x"], 0, None, a["values"], a["bias"], a["y"], 1, t),
+        lambda a, t: C.conv2d_forward(cx, 2, GEOMETRY, a["x"], 0, None, a["values"], a["bias"], a["y"], 1, None, t),
         arrays(x=(2, 6, 5, 7), values=conv.nnz, bias=4, y=(4, 5, 7, LANES)),
         {"y"},
     ),
     "conv2d_forward of a norm": (
         lambda a, t: C.conv2d_forward(
-            cx, 2, GEOMETRY, a["x"], 1, (a["scale"], a["shift"], True), a["values"], None, a["y"], 1, t
+            cx,
+            2,
+            GEOMETRY,
+            a["x"],
+            1,
+            (a["scale"], a["shift"], True),
+            a["values"],
+            None,
+            a["y"],
+            1,
+            (a["mean"], a["var"]),
+            t,
         ),
-        arrays(x=(6, 5, 7, LANES), scale=6, shift=6, values=conv.nnz, y=(4, 5, 7, LANES)),
-        {"y"},
+        arrays(x=(6, 5, 7, LANES), scale=6, shift=6, values=conv.nnz, y=(4, 5, 7, LANES), mean=4, var=4),
+        {"y", "mean", "var"},
     ),
     "conv2d_backward": (
         lambda a, t: C.conv2d_backward(
@@ -61,6 +72,7 @@ CALLS = {
             GEOMETRY,
             a["grad_y"],
             2,
+            None,
             a["x"],
             0,
             None,
@@ -146,13 +158,8 @@ CALLS = {
             5,
             3,
             4,
-            a["x"],
             a["grad_y"],
-            (a["relu_scale"], a["relu_shift"]),
-            a["mean"],
-            a["scale"],
-            a["slope"],
-            a["shift"],
+            (a["x"], (a["relu_scale"], a["relu_shift"]), a["mean"], a["scale"], a["slope"], a["shift"]),
             a["grad_x"],
             t,
         ),
@@ -273,7 +280,7 @@ def test_conv2d_geometry(place, value, message):
     if place == 1:
         geometry[8] = 0
     with pytest.raises(ValueError, match=message):
-        C.conv2d_forward(cx, 2, geometry, none, 0, None, np.zeros(conv.nnz, np.float32), None, none, 0, 1)
+        C.conv2d_forward(cx, 2, geometry, none, 0, None, np.zeros(conv.nnz, np.float32), None, none, 0, None, 1)
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,13 @@ CONVOLVED = {
     "other_rows": lambda n, c, x: c(F.relu(n(x.view(-1, 6, 10, 3))).view(-1, 6, 5, 6)),
     "more_channels": lambda n, c, x: c(F.relu(n(torch.cat([x, x], 1).view(-1, 6, 10, 6))).view(-1, 12, 5, 6)),
     "as_channels": lambda n, c, x: c(F.relu(n(x).view(-1, 12, 5, 3)).view(-1, 6, 5, 6)),
+    # A norm behind a convolution finds its statistics ready, and leaves its gradient to the convolution.
+    "behind": lambda n, c, x: F.relu(n(c(x))),
+    "behind_twice": lambda n, c, x: (lambda y: n(y) * F.relu(n(y)))(c(x)),
+    "behind_and_read": lambda n, c, x: (lambda y: n(y) + y.exp())(c(x)),
+    "behind_a_view": lambda n, c, x: n(c(x).view(-1, 6, 10, 3)).view(-1, 6, 5, 6),
+    "behind_a_write": lambda n, c, x: n(c(x).mul_(2)),
+    "behind_a_hidden_write": lambda n, c, x: (lambda y: (y.data.add_(3), F.relu(n(y)))[1])(c(x)),
     "input_written_later": lambda n, c, x: (lambda t: (lambda y: (t.mul_(2), c(y))[1] + t)(F.relu(n(t))))(x * 1),
 }  # fmt: skip
 
@@ -319,6 +326,29 @@ def test_whole_writes_behind_autograds_back(written):
         grads.append([a.grad, norm.weight.grad, norm.bias.grad])
     for p, q in zip(*grads, strict=True):
         torch.testing.assert_close(q, p)
+
+
+@pytest.mark.parametrize("n", [16, 21])
+def test_a_gradient_written_after_a_norm_has_read_it(n):
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64) * (torch.rand(4, 3, 3, 3) < 0.4)
+    pattern = sb.SparsePattern.from_mask(weight != 0)
+    values = pattern.gather(weight)
+    x = torch.randn(n, 3, 5, 5, dtype=torch.float64)
+    grads = []
+    for conv, make in (
+        (lambda t: F.conv2d(t, weight, padding=1), torch.clone),
+        (lambda t: sparse_conv2d(t, pattern, values, geometry=Geometry(padding=(1, 1))), lanes.from_plain),
+    ):
+        norm, of_norm = nn.BatchNorm2d(4).double(), []
+        a = x.clone().requires_grad_()
+        y = conv(make(a))
+        z = norm(y)
+        z.register_hook(lambda g, kept=of_norm: kept.append(g))
+        y.register_hook(lambda g, kept=of_norm: (kept[0].zero_(), None)[1])
+        (z * torch.linspace(-1, 2, 5, dtype=torch.float64)).sum().backward()
+        grads.append(a.grad)
+    assert grads[0].abs().max() > 0.1
+    torch.testing.assert_close(grads[1], grads[0])
 
 
 def test_many_gradients_meet():

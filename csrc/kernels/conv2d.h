@@ -9,23 +9,25 @@ struct Band {
   int SY, SX;   // source stride between neighbouring destinations
   int OY, OX;   // source row = (row + q) * SY + ry[p] + OY
   int NY, NX;   // phases in use
-  int* ry;
-  int* rx;
+  const int* ry;
+  const int* rx;
   int rows, RB, CB;  // destination rows a band serves; rows and columns of the band for one phase
   int64_t channel;   // elements between channels
 };
 
-// What becomes of a source's elements on their way into a band; see ConvArgs.
+// What becomes of a source's elements on their way into a band: what a norm makes of them, or of a gradient; see
+// ConvArgs.
 template <class T>
-struct Norm {
+struct Passage {
   const T* scale = nullptr;
   const T* shift = nullptr;
   bool relu = false;
+  const NormArgs<T>* back = nullptr;
 };
 
 // copy_lanes, with the norm of one channel.
 template <class T>
-void norm_lanes(const T* src, ptrdiff_t step, int images, int64_t len, T* dst, const Norm<T>& norm, int channel) {
+void norm_lanes(const T* src, ptrdiff_t step, int images, int64_t len, T* dst, const Passage<T>& norm, int channel) {
   const V<T> scale = splat<T>(norm.scale[channel]), shift = splat<T>(norm.shift[channel]);
   for (int part = 0; part < LANES; part += Vec<T>::n) {
     const typename Vec<T>::index exists = lane_mask<T>(images, part);
@@ -40,7 +42,7 @@ void norm_lanes(const T* src, ptrdiff_t step, int images, int64_t len, T* dst, c
 // SY source rows of one channel.
 template <class T>
 void fill_band(const Band& b, const T* data, Layout layout, int64_t N, int64_t nb, int row0, int c0, int c1, T* band,
-               T* line, const Norm<T>& norm = {}) {
+               T* line, const Passage<T>& pass = {}) {
   const int images = int(least<int64_t>(LANES, N - nb * LANES));
   const int64_t plane = int64_t(b.H) * b.W, image = int64_t(b.C) * plane;
   const T* src = data + nb * LANES * image;
@@ -84,9 +86,11 @@ void fill_band(const Band& b, const T* data, Layout layout, int64_t N, int64_t n
                         dst + m * LANES, b.channel);
           } else if (direct)
             pack_rows(src + c * plane + int64_t(iy) * b.W + ix, image, images, m1 - m0, dst + m0 * LANES, LANES);
-          else if (norm.scale)
+          else if (pass.back)
+            norm_grad_lanes(*pass.back, nb * b.C + c, int64_t(iy) * b.W + ix, images, m1 - m0, dst + m0 * LANES);
+          else if (pass.scale)
             norm_lanes(from + (int64_t(iy) * b.W + ix) * LANES, ptrdiff_t(b.SX) * LANES, images, m1 - m0,
-                       dst + m0 * LANES, norm, c);
+                       dst + m0 * LANES, pass, c);
           else
             copy_lanes(from + ((iy - origin) * b.W + ix) * LANES, ptrdiff_t(b.SX) * LANES,
                        layout == Layout::lanes ? images : LANES, m1 - m0, dst + m0 * LANES);
@@ -146,12 +150,15 @@ struct ConvShape {
 // Elements of the sums that a tile of all channels keeps between chunks.
 SB_INLINE int64_t tile_sums(int64_t channels, int chunks) { return chunks > 1 ? channels * MAX_TILE * LANES : 0; }
 
-SB_INLINE int band_rows(int64_t bytes_per_row, int reach, int TR, int H, int64_t out_bytes_per_row) {
+// Destination rows whose band fits a second-level cache, with `out_bytes` more a row.
+SB_INLINE int64_t fitting_rows(int64_t bytes_per_row, int reach, int64_t out_bytes) {
   const int64_t budget = int64_t(1) << 20;
-  int64_t rows = (budget - bytes_per_row * reach) / (bytes_per_row + out_bytes_per_row);
-  rows = rows / TR * TR;
-  rows = most<int64_t>(rows, TR);
-  // Bands of equal height: no band of a row or two at the end.
+  return (budget - bytes_per_row * reach) / (bytes_per_row + out_bytes);
+}
+
+// About so many rows a band, a multiple of TR. Bands of equal height: no band of a row or two at the end.
+SB_INLINE int even_rows(int64_t rows, int TR, int H) {
+  rows = most<int64_t>(rows / TR * TR, TR);
   const int64_t count = div_up(H, rows);
   return int(div_up(div_up(H, count), TR) * TR);
 }
@@ -172,10 +179,14 @@ SB_INLINE int axis_phases(int K, int S, int D, int* r, int* phase_of, int* q_of,
   return used;
 }
 
-// Forward-shaped problem: band of x, one destination phase, nonzeros in CSR order. `pad` more columns for tiles that
-// stick out on the right and below.
+// Forward-shaped problem: band of x, one destination phase, nonzeros in CSR order.
+//
+// Args:
+//   out_bytes: what a destination row needs in the cache besides.
+//   overhang: more columns, for tiles that stick out on the right and below.
+//   bound, TR, high: at most so many rows a band, a multiple of TR, of so many rows in all.
 template <class T>
-ConvShape<T> forward_shape(const ConvArgs<T>& a, int64_t out_bytes_per_row, bool overhang) {
+ConvShape<T> forward_shape(const ConvArgs<T>& a, int64_t out_bytes, bool overhang, int64_t bound, int TR, int high) {
   ConvShape<T> s;
   s.tile = choose_tile(a.OH, a.OW);
   const Index& ix = a.index;
@@ -188,22 +199,23 @@ ConvShape<T> forward_shape(const ConvArgs<T>& a, int64_t out_bytes_per_row, bool
   const int64_t bytes_first = axis + cols;
   const int max_chunks = most(1, int(ix.nnz / most<int64_t>(1, ix.rows) / 2 + 1));
   int32_t* mem = scratch<int32_t>(slot_plan, bytes_first + ix.nnz + ix.rows * int64_t(least(max_chunks, ICg)) + 1);
-  b.ry = mem;
-  int* phase_y = b.ry + a.KH;
+  int* ry = mem;
+  int* phase_y = ry + a.KH;
   int* q_y = phase_y + a.KH;
-  b.rx = q_y + a.KH;
-  int* phase_x = b.rx + a.KW;
+  int* rx = q_y + a.KH;
+  int* phase_x = rx + a.KW;
   int* q_x = phase_x + a.KW;
   int32_t* table = q_x + a.KW;
   s.stencil.offset = table + cols;
   s.stencil.ptr = s.stencil.offset + ix.nnz;
-  b.NY = axis_phases(a.KH, a.SH, a.DH, b.ry, phase_y, q_y, &reach_y);
-  b.NX = axis_phases(a.KW, a.SW, a.DW, b.rx, phase_x, q_x, &reach_x);
+  b.NY = axis_phases(a.KH, a.SH, a.DH, ry, phase_y, q_y, &reach_y);
+  b.NX = axis_phases(a.KW, a.SW, a.DW, rx, phase_x, q_x, &reach_x);
+  b.ry = ry, b.rx = rx;
   b.C = a.IC, b.H = a.H, b.W = a.W, b.SY = a.SH, b.SX = a.SW, b.OY = -a.PH, b.OX = -a.PW;
   const int width = overhang ? int(div_up(a.OW, s.tile.TC)) * s.tile.TC : a.OW;
   b.CB = width + reach_x;
   const int64_t row_bytes = int64_t(a.IC) * b.NY * b.NX * b.CB * LANES * sizeof(T);
-  b.rows = band_rows(row_bytes, reach_y, s.tile.TR, a.OH, out_bytes_per_row);
+  b.rows = even_rows(least(bound, fitting_rows(row_bytes, reach_y, out_bytes)), most(TR, s.tile.TR), high);
   b.RB = b.rows + reach_y;
   b.channel = int64_t(b.NY) * b.NX * b.RB * b.CB * LANES;
   for (int c = 0, j = 0; c < ICg; ++c)
@@ -251,12 +263,29 @@ SB_INLINE int split_channels(int64_t tasks, int threads, int64_t channels) {
   return int(least<int64_t>(div_up(2 * int64_t(threads), tasks), most<int64_t>(1, channels / 8)));
 }
 
+// Means and sums of squared deviations of channels [r0, r1) of a task, from those of its lanes [channel][2][LANES].
+template <class T>
+void sum_lanes(const T* lanes, double count, int images, int64_t r0, int64_t r1, double* mean, double* m2) {
+  for (int64_t r = r0; r < r1; ++r, lanes += 2 * LANES) {
+    double s = 0, squares = 0;
+    for (int i = 0; i < images; ++i) s += double(lanes[i]);
+    s /= images;
+    for (int i = 0; i < images; ++i) {
+      const double d = double(lanes[i]) - s;
+      squares += double(lanes[LANES + i]) + count * d * d;
+    }
+    mean[r] = s;
+    m2[r] = squares;
+  }
+}
+
 // y[n][oc] = bias[oc] + sum over active (ic, ky, kx) of value * x[n][ic][oy*SH + ky*DH - PH][ox*SW + kx*DW - PW].
 template <class T>
 void conv2d_forward(const ConvArgs<T>& a) {
   if (a.N == 0 || a.OH == 0 || a.OW == 0) return;
   const bool through = a.y_layout != Layout::lanes;  // the band's result is computed in scratch, then transposed
-  const ConvShape<T> s = forward_shape(a, through ? int64_t(a.OC) * a.OW * LANES * sizeof(T) : 0, false);
+  const ConvShape<T> s =
+      forward_shape(a, through ? int64_t(a.OC) * a.OW * LANES * int64_t(sizeof(T)) : 0, false, INT64_MAX, 1, a.OH);
   const Band& b = s.band;
   const Stencil& st = s.stencil;
   const GatherFn<T> fn = gather_fn<T>(s.tile.TR, s.tile.TC);
@@ -266,13 +295,20 @@ void conv2d_forward(const ConvArgs<T>& a) {
   const bool past_the_caches = !through && should_stream(a.y, blocks * LANES * a.OC * plane * int64_t(sizeof(T)));
   const int64_t line_size = int64_t(b.RB * b.SY + b.SY) * a.W * LANES;
   const TeamScratch<T> sources(slot_source, a.threads, b.C * b.channel + line_size + tile_sums(a.OC, st.chunks));
-  const TeamScratch<T> dests(slot_dest, a.threads, through ? int64_t(a.OC) * b.rows * a.OW * LANES : 0);
+  // Moments of y are taken from the tiles where no two of them overlap.
+  const bool moments = a.mean && !through && a.OH % s.tile.TR == 0 && a.OW % s.tile.TC == 0;
+  const TeamScratch<T> dests(slot_dest, a.threads,
+                             through   ? int64_t(a.OC) * b.rows * a.OW * LANES
+                             : moments ? 2 * int64_t(a.OC) * LANES
+                                       : 0);
+  double* part_mean = moments ? scratch<double>(slot_sums, 2 * blocks * bands * a.OC) : nullptr;
+  double* part_m2 = part_mean + (moments ? blocks * bands * a.OC : 0);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
     T* band = sources.mine();
     T* line = band + b.C * b.channel;
     T* sums = line + line_size;
-    T* out = dests.mine();
+    T* out = dests.mine();  // moments of the lanes, where they are wanted
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < blocks * bands * parts; ++task) {
       const int part = int(task % parts);
@@ -284,7 +320,7 @@ void conv2d_forward(const ConvArgs<T>& a) {
       if (r0 == r1) continue;
       const int OCg = a.OC / a.G, ICg = a.IC / a.G;
       fill_band(b, a.x, a.x_layout, a.N, nb, row0, int(r0 / OCg) * ICg, int((r1 - 1) / OCg + 1) * ICg, band, line,
-                Norm<T>{a.x_scale, a.x_shift, a.x_relu});
+                Passage<T>{a.x_scale, a.x_shift, a.x_relu});
       GatherTile<T> t;
       t.src_row = int64_t(b.CB) * LANES;
       t.offset = st.offset;
@@ -294,6 +330,10 @@ void conv2d_forward(const ConvArgs<T>& a) {
       t.bias = a.bias ? a.bias + r0 : nullptr;
       t.sums = sums;
       t.past_the_caches = past_the_caches;
+      if (moments) {
+        clear(out, 2 * (r1 - r0) * LANES);
+        t.moments = out;
+      }
       T* dst = through ? out : a.y + ((nb * a.OC + r0) * plane + int64_t(row0) * a.OW) * LANES;
       t.dst_channel = (through ? int64_t(rows) * a.OW : plane) * LANES;
       t.dst_row = int64_t(a.OW) * LANES;
@@ -314,194 +354,254 @@ void conv2d_forward(const ConvArgs<T>& a) {
             t.last = h + 1 == st.chunks;
             f(t);
           }
+          t.count += T(TR * s.tile.TC);
         }
       }
+      if (moments)
+        sum_lanes(out, double(t.count), int(least<int64_t>(LANES, a.N - nb * LANES)), r0, r1,
+                  part_mean + task / parts * a.OC, part_m2 + task / parts * a.OC);
       if (through)
         write_block(Walk{a.y_layout, a.OC, plane}, a.y, nb, int(least<int64_t>(LANES, a.N - nb * LANES)), r0, r1,
                     int64_t(row0) * a.OW, int64_t(rows) * a.OW, out, t.dst_channel);
     }
     stream_fence();
+    if (moments)
+      total_moments(part_mean, part_m2, blocks * bands, a.OC, a.mean, a.var, [&](int64_t g) {
+        const int64_t images = least<int64_t>(LANES, a.N - g / bands * LANES);
+        return double(images) * double(least(b.rows, a.OH - int(g % bands) * b.rows)) * a.OW;
+      });
+  }
+  if (a.mean && !moments) {
+    NormArgs<T> norm{};
+    norm.N = a.N, norm.C = a.OC, norm.P = plane, norm.x = a.y, norm.mean = a.mean, norm.var = a.var;
+    norm.threads = a.threads;
+    norm_stats(norm);
   }
 }
 
-SB_INLINE int floor_div(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+// Tap k of an axis in the input gradient: source row oy = j + shift for destination row j * S + phase, with
+// d = k * D - P, phase = d mod S, shift = (phase - d) / S.
+struct Tap {
+  int phase, shift;
+};
 
-// grad_x[n][ic][iy][ix] = sum over active (oc, ky, kx) with iy + PH - ky*DH = oy*SH, ... of value *
-// grad_y[n][oc][oy][ox]. With strides the destination splits into SH*SW phases; a nonzero belongs to exactly one of
-// them.
+SB_INLINE Tap tap_of(int k, int S, int D, int P) {
+  const int d = k * D - P;
+  const int phase = (d % S + S) % S;
+  return {phase, (phase - d) / S};
+}
+
+// The plan of the backward pass for grad_y: a band of it serves destination rows of grad_x (of one of SH * SW phases; a
+// nonzero belongs to exactly one) and the same rows of y. The nonzeros lie by input channel, phase and chunk of output
+// channels.
+constexpr int NO_PHASES[] = {0};
+
 template <class T>
-void conv2d_grad_x(const ConvArgs<T>& a) {
-  if (a.N == 0 || a.H == 0 || a.W == 0) return;
-  const Index& ix = a.index;
-  const bool through = a.x_layout != Layout::lanes;
-  const int KK = a.KH * a.KW, ICg = a.IC / a.G, OCg = a.OC / a.G;
-  const int phases = a.SH * a.SW;
-  // Per tap: phase of the destination and shift of the source. iy = j*SH + p, p = (k*D - P) mod S, oy = j + e.
-  int64_t taps = a.KH + a.KW;
-  const int JH = int(div_up(a.H, a.SH)), JW = int(div_up(a.W, a.SW));  // largest phase image
-  const Tile tile = choose_tile(most(1, a.H / a.SH), most(1, a.W / a.SW));
-  const double per_row = double(ix.nnz) / (double(a.IC) * phases);
-  const int max_chunks = most(1, int(per_row / 2) + 1);
-  const int64_t lists = int64_t(a.IC) * phases * least(max_chunks, OCg);
-  int32_t* mem = scratch<int32_t>(slot_plan, 2 * taps + 2 + ix.nnz + lists + 2);
-  int* p_y = mem;
-  int* e_y = p_y + a.KH;
-  int* p_x = e_y + a.KH;
-  int* e_x = p_x + a.KW;
-  Band b;
-  b.ry = e_x + a.KW;
-  b.rx = b.ry + 1;
-  b.ry[0] = b.rx[0] = 0;
-  int ymin = 1 << 30, ymax = -(1 << 30), xmin = 1 << 30, xmax = -(1 << 30);
-  for (int k = 0; k < a.KH; ++k) {
-    const int d = k * a.DH - a.PH;
-    p_y[k] = d - floor_div(d, a.SH) * a.SH;
-    e_y[k] = (p_y[k] - d) / a.SH;
-    ymin = least(ymin, e_y[k]), ymax = most(ymax, e_y[k]);
-  }
-  for (int k = 0; k < a.KW; ++k) {
-    const int d = k * a.DW - a.PW;
-    p_x[k] = d - floor_div(d, a.SW) * a.SW;
-    e_x[k] = (p_x[k] - d) / a.SW;
-    xmin = least(xmin, e_x[k]), xmax = most(xmax, e_x[k]);
-  }
-  b.C = a.OC, b.H = a.OH, b.W = a.OW, b.SY = b.SX = 1, b.OY = ymin, b.OX = xmin, b.NY = b.NX = 1;
-  b.CB = JW + xmax - xmin;
-  const int64_t row_bytes = int64_t(a.OC) * b.CB * LANES * sizeof(T);
-  b.rows = band_rows(row_bytes, ymax - ymin, tile.TR, JH, through ? int64_t(a.IC) * a.SH * a.W * LANES * sizeof(T) : 0);
-  b.RB = b.rows + ymax - ymin;
-  b.channel = int64_t(b.RB) * b.CB * LANES;
+struct BackShape {
+  Tile tile;
+  Band band;
+  int phases, chunks;
+  int up, left;          // rows and columns of the band before those of its destination
+  int reach_y, reach_x;  // how many more it has than its destination
+  int32_t* offset;       // per nonzero
+  int32_t* ptr;          // list (channel * phases + phase) * chunks + chunk begins here
+  T* value;              // per nonzero
+};
 
-  const double window = double(tile.TR + ymax - ymin) * (tile.TC + xmax - xmin) * LANES * sizeof(T);
-  const int chunks = least(max_chunks, choose_chunks(per_row, OCg, window));
-  const int per_chunk = int(div_up(OCg, chunks));
-  int32_t* offset = b.rx + 1;
-  int32_t* ptr = offset + ix.nnz;  // lists + 2; filled one place ahead so that placing leaves the starts behind
-  const int64_t keys = int64_t(a.IC) * phases * chunks;
-  for (int64_t i = 0; i < keys + 2; ++i) ptr[i] = 0;
-  // Counting sort by (destination channel, phase, source chunk); inside, rows ascend.
-  int32_t* key_of_col = scratch<int32_t>(slot_grad, 2 * int64_t(ICg) * KK);
-  int32_t* shift_of_col = key_of_col + int64_t(ICg) * KK;
+// All but the nonzeros; band.rows is still open.
+template <class T>
+BackShape<T> back_shape(const ConvArgs<T>& a) {
+  BackShape<T> s;
+  s.phases = a.SH * a.SW;
+  s.chunks = 1;
+  s.offset = s.ptr = nullptr;
+  s.value = nullptr;
+  s.tile = choose_tile(most(1, a.H / a.SH), most(1, a.W / a.SW));
+  int down = 0, right = 0;
+  s.up = s.left = 0;
+  for (int k = 0; a.grad_x && k < a.KH; ++k) {
+    const int shift = tap_of(k, a.SH, a.DH, a.PH).shift;
+    s.up = most(s.up, -shift), down = most(down, shift);
+  }
+  for (int k = 0; a.grad_x && k < a.KW; ++k) {
+    const int shift = tap_of(k, a.SW, a.DW, a.PW).shift;
+    s.left = most(s.left, -shift), right = most(right, shift);
+  }
+  Band& b = s.band;
+  b.C = a.OC, b.H = a.OH, b.W = a.OW, b.SY = b.SX = 1, b.OY = -s.up, b.OX = -s.left, b.NY = b.NX = 1;
+  b.ry = b.rx = NO_PHASES;
+  s.reach_y = s.up + down, s.reach_x = s.left + right;
+  b.CB = most(s.left + a.OW, int(div_up(a.W, a.SW)) + s.reach_x);
+  return s;
+}
+
+// Bands of `rows` destination rows, and with them the nonzeros' places.
+template <class T>
+void place_nonzeros(const ConvArgs<T>& a, int rows, T* value, BackShape<T>& s) {
+  const Index& ix = a.index;
+  const int KK = a.KH * a.KW, ICg = a.IC / a.G, OCg = a.OC / a.G;
+  Band& b = s.band;
+  b.rows = rows;
+  b.RB = rows + s.reach_y;
+  b.channel = int64_t(b.RB) * b.CB * LANES;
+  if (!a.grad_x) return;
+  const int64_t lists = int64_t(a.IC) * s.phases;
+  const double per_row = double(ix.nnz) / double(lists);
+  const double window = double(s.tile.TR + s.reach_y) * (s.tile.TC + s.reach_x) * LANES * sizeof(T);
+  s.chunks = least(int(per_row / 2) + 1, choose_chunks(per_row, OCg, window));
+  const int per_chunk = int(div_up(OCg, s.chunks));
+  const int64_t keys = lists * s.chunks, taps = int64_t(ICg) * KK;
+  int32_t* key_of_col = scratch<int32_t>(slot_more_plan, 2 * taps + ix.nnz + keys + 2);
+  int32_t* shift_of_col = key_of_col + taps;
+  s.offset = shift_of_col + taps;
+  s.ptr = s.offset + ix.nnz;  // filled one place ahead, so that placing leaves the starts behind
+  s.value = value;
+  for (int64_t i = 0; i < keys + 2; ++i) s.ptr[i] = 0;
   for (int c = 0, j = 0; c < ICg; ++c)
     for (int ky = 0; ky < a.KH; ++ky)
       for (int kx = 0; kx < a.KW; ++kx, ++j) {
-        key_of_col[j] = int32_t((int64_t(c) * phases + p_y[ky] * a.SW + p_x[kx]) * chunks);
-        shift_of_col[j] = int32_t((int64_t(e_y[ky] - ymin) * b.CB + e_x[kx] - xmin) * LANES);
+        const Tap y = tap_of(ky, a.SH, a.DH, a.PH), x = tap_of(kx, a.SW, a.DW, a.PW);
+        key_of_col[j] = int32_t((int64_t(c) * s.phases + y.phase * a.SW + x.phase) * s.chunks);
+        shift_of_col[j] = int32_t((int64_t(y.shift + s.up) * b.CB + x.shift + s.left) * LANES);
       }
+  // Counting sort; inside a list, rows ascend.
+  const auto key_of_row = [&](int64_t r) {
+    const int64_t g = r / OCg;
+    return int32_t(g * ICg * s.phases * s.chunks + (r - g * OCg) / per_chunk);
+  };
+  for (int64_t r = 0; r < ix.rows; ++r)
+    for (int32_t k = ix.rowptr[r], base = key_of_row(r); k < ix.rowptr[r + 1]; ++k)
+      ++s.ptr[base + key_of_col[ix.col[k]] + 2];
+  for (int64_t i = 2; i < keys + 2; ++i) s.ptr[i] += s.ptr[i - 1];
   for (int64_t r = 0; r < ix.rows; ++r) {
-    const int g = int(r / OCg);
-    const int32_t base = int32_t(int64_t(g) * ICg * phases * chunks + (r - int64_t(g) * OCg) / per_chunk);
-    for (int32_t k = ix.rowptr[r]; k < ix.rowptr[r + 1]; ++k) ++ptr[base + key_of_col[ix.col[k]] + 2];
-  }
-  for (int64_t i = 2; i < keys + 2; ++i) ptr[i] += ptr[i - 1];
-  T* value = scratch<T>(slot_sums, ix.nnz + 1);
-  for (int64_t r = 0; r < ix.rows; ++r) {
-    const int g = int(r / OCg);
-    const int32_t base = int32_t(int64_t(g) * ICg * phases * chunks + (r - int64_t(g) * OCg) / per_chunk);
-    const int32_t src = int32_t(r * b.channel);
+    const int32_t base = key_of_row(r), src = int32_t(r * b.channel);
     for (int32_t k = ix.rowptr[r]; k < ix.rowptr[r + 1]; ++k) {
-      const int32_t j = ix.col[k], at = ptr[base + key_of_col[j] + 1]++;
-      offset[at] = src + shift_of_col[j];
-      value[at] = a.values[k];
+      const int32_t j = ix.col[k], at = s.ptr[base + key_of_col[j] + 1]++;
+      s.offset[at] = src + shift_of_col[j];
+      s.value[at] = a.values[k];
     }
-  }
-
-  const GatherFn<T> fn = gather_fn<T>(tile.TR, tile.TC);
-  const int64_t blocks = div_up(a.N, LANES), bands = div_up(JH, b.rows);
-  const int parts = split_channels(blocks * bands, a.threads, a.IC);
-  const int64_t plane = int64_t(a.H) * a.W;
-  const int64_t step = int64_t(phases) * chunks;
-  const bool past_the_caches = !through && should_stream(a.grad_x, blocks * LANES * a.IC * plane * int64_t(sizeof(T)));
-  const int64_t line_size = int64_t(b.RB + 1) * a.OW * LANES;
-  const TeamScratch<T> sources(slot_source, a.threads, b.C * b.channel + line_size + tile_sums(a.IC, chunks));
-  const TeamScratch<T> dests(slot_dest, a.threads, through ? int64_t(a.IC) * b.rows * a.SH * a.W * LANES : 0);
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-  {
-    T* band = sources.mine();
-    T* line = band + b.C * b.channel;
-    T* sums = line + line_size;
-    T* out = dests.mine();
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < blocks * bands * parts; ++task) {
-      const int part = int(task % parts);
-      const int j0 = int(task / parts % bands) * b.rows;
-      const int64_t nb = task / parts / bands;
-      const int64_t r0 = part_start(ptr, step, a.IC, parts, part), r1 = part_start(ptr, step, a.IC, parts, part + 1);
-      if (r0 == r1) continue;
-      fill_band(b, a.grad_y, a.y_layout, a.N, nb, j0, int(r0 / ICg) * OCg, int((r1 - 1) / ICg + 1) * OCg, band, line);
-      const int y0 = j0 * a.SH, y1 = least(a.H, (j0 + b.rows) * a.SH);  // rows of grad_x that this band writes
-      GatherTile<T> t;
-      t.src_row = int64_t(b.CB) * LANES;
-      t.offset = offset;
-      t.value = value;
-      t.ptr_step = step;
-      t.r0 = r0, t.r1 = r1;
-      t.bias = nullptr;
-      t.sums = sums;
-      t.past_the_caches = past_the_caches;
-      T* dst = through ? out : a.grad_x + ((nb * a.IC + r0) * plane + int64_t(y0) * a.W) * LANES;
-      t.dst_channel = (through ? int64_t(y1 - y0) * a.W : plane) * LANES;
-      t.dst_row = int64_t(a.SH) * a.W * LANES;
-      t.dst_col = int64_t(a.SW) * LANES;
-      for (int f = 0; f < phases; ++f) {
-        const int py = f / a.SW, px = f % a.SW;
-        const int rows = y1 - y0 > py ? int(div_up(y1 - y0 - py, a.SH)) : 0;
-        const int cols = a.W > px ? int(div_up(a.W - px, a.SW)) : 0;
-        if (rows == 0 || cols == 0) continue;
-        const int TR = rows >= tile.TR ? tile.TR : 1, TC = least(tile.TC, cols);
-        const GatherFn<T> fun = TR == tile.TR && TC == tile.TC ? fn : gather_fn<T>(TR, TC);
-        for (int y = 0; y < rows; y += TR) {
-          const int yy = least(y, rows - TR);
-          for (int x = 0; x < cols; x += TC) {
-            const int xx = least(x, cols - TC);
-            t.src = band + (int64_t(yy) * b.CB + xx) * LANES;
-            t.dst = dst + (int64_t(yy * a.SH + py) * a.W + xx * a.SW + px) * LANES;
-            for (int h = 0; h < chunks; ++h) {
-              t.begin = ptr + f * chunks + h;
-              t.end = t.begin + 1;
-              t.first = h == 0;
-              t.last = h + 1 == chunks;
-              fun(t);
-            }
-          }
-        }
-      }
-      if (through)
-        write_block(Walk{a.x_layout, a.IC, plane}, a.grad_x, nb, int(least<int64_t>(LANES, a.N - nb * LANES)), r0, r1,
-                    int64_t(y0) * a.W, int64_t(y1 - y0) * a.W, out, t.dst_channel);
-    }
-    stream_fence();
   }
 }
 
-// grad_values[k] = sum over n, oy, ox of grad_y[n][oc][oy][ox] * x[n][ic][oy*SH + ky*DH - PH][ox*SW + kx*DW - PW], and
-// grad_bias[oc] = sum of grad_y[n][oc]. Every thread sums into its own copy; the copies are added in a fixed order.
+// grad_x[n][ic][iy][ix] = sum over active (oc, ky, kx) with iy + PH - ky*DH = oy*SH, ... of value *
+// grad_y[n][oc][oy][ox], for channels [r0, r1) and phase rows from j0 on; `out` where it goes through scratch.
 template <class T>
-void conv2d_grad_values(const ConvArgs<T>& a) {
+void grad_x_of_band(const ConvArgs<T>& a, const BackShape<T>& s, const T* band, int64_t nb, int j0, int64_t r0,
+                    int64_t r1, T* sums, T* out, bool past_the_caches) {
+  const Band& b = s.band;
+  const int64_t plane = int64_t(a.H) * a.W;
+  const int y0 = least(a.H, j0 * a.SH), y1 = least(a.H, (j0 + b.rows) * a.SH);
+  GatherTile<T> t;
+  t.src_row = int64_t(b.CB) * LANES;
+  t.offset = s.offset;
+  t.value = s.value;
+  t.ptr_step = int64_t(s.phases) * s.chunks;
+  t.r0 = r0, t.r1 = r1;
+  t.bias = nullptr;
+  t.sums = sums;
+  t.past_the_caches = past_the_caches;
+  T* dst = out ? out : a.grad_x + ((nb * a.IC + r0) * plane + int64_t(y0) * a.W) * LANES;
+  t.dst_channel = (out ? int64_t(y1 - y0) * a.W : plane) * LANES;
+  t.dst_row = int64_t(a.SH) * a.W * LANES;
+  t.dst_col = int64_t(a.SW) * LANES;
+  for (int f = 0; f < s.phases; ++f) {
+    const int py = f / a.SW, px = f % a.SW;
+    const int rows = y1 - y0 > py ? int(div_up(y1 - y0 - py, a.SH)) : 0;
+    const int cols = a.W > px ? int(div_up(a.W - px, a.SW)) : 0;
+    if (rows == 0 || cols == 0) continue;
+    const int TR = rows >= s.tile.TR ? s.tile.TR : 1, TC = least(s.tile.TC, cols);
+    const GatherFn<T> fn = gather_fn<T>(TR, TC);
+    for (int y = 0; y < rows; y += TR) {
+      const int yy = least(y, rows - TR);  // the last tile overlaps its neighbour instead of sticking out
+      for (int x = 0; x < cols; x += TC) {
+        const int xx = least(x, cols - TC);
+        t.src = band + (int64_t(yy) * b.CB + xx) * LANES;
+        t.dst = dst + (int64_t(yy * a.SH + py) * a.W + xx * a.SW + px) * LANES;
+        for (int h = 0; h < s.chunks; ++h) {
+          t.begin = s.ptr + f * s.chunks + h;
+          t.end = t.begin + 1;
+          t.first = h == 0;
+          t.last = h + 1 == s.chunks;
+          fn(t);
+        }
+      }
+    }
+  }
+  if (out)
+    write_block(Walk{a.x_layout, a.IC, plane}, a.grad_x, nb, int(least<int64_t>(LANES, a.N - nb * LANES)), r0, r1,
+                int64_t(y0) * a.W, int64_t(y1 - y0) * a.W, out, t.dst_channel);
+}
+
+// Adds to grad_values[k] the sum over a band's n, oy, ox of grad_y[n][oc][oy][ox] *
+// x[n][ic][oy*SH + ky*DH - PH][ox*SW + kx*DW - PW]; `grad` is the band's first row and column of y, of channel r0.
+template <class T>
+void grad_values_of_band(const ConvArgs<T>& a, const ConvShape<T>& s, const T* band, const T* grad, const Band& of_grad,
+                         int rows, int64_t r0, int64_t r1, T* grad_values) {
+  const Stencil& st = s.stencil;
+  const CorrelateFn<T> fn = correlate_fn<T>(s.tile.TR, s.tile.TC);
+  CorrelateTile<T> t;
+  t.src_row = int64_t(s.band.CB) * LANES;
+  t.offset = st.offset;
+  t.ptr_step = st.chunks;
+  t.r0 = r0, t.r1 = r1;
+  t.grad_channel = of_grad.channel;
+  t.grad_row = int64_t(of_grad.CB) * LANES;
+  t.grad_values = grad_values;
+  for (int y = 0; y < rows; y += s.tile.TR)
+    for (int x = 0; x < a.OW; x += s.tile.TC) {
+      t.src = band + (int64_t(y) * s.band.CB + x) * LANES;
+      t.grad = grad + (int64_t(y) * of_grad.CB + x) * LANES;
+      t.rows = least(s.tile.TR, rows - y);
+      t.cols = least(s.tile.TC, a.OW - x);
+      for (int h = 0; h < st.chunks; ++h) {
+        t.begin = st.ptr + h;
+        t.end = t.begin + 1;
+        fn(t);
+      }
+    }
+}
+
+// All gradients in one pass: a band of grad_y is read, and taken through the norm behind y, once for all of them. Every
+// team sums gradients of values and bias (grad_bias[oc] = sum of grad_y[n][oc]) into its own copy; the copies are added
+// in a fixed order.
+template <class T>
+void conv2d_backward(const ConvArgs<T>& a) {
   const int64_t nnz = a.index.nnz, width = nnz + a.OC;
   if (a.grad_values)
     for (int64_t k = 0; k < nnz; ++k) a.grad_values[k] = T(0);
   if (a.grad_bias)
     for (int64_t r = 0; r < a.OC; ++r) a.grad_bias[r] = T(0);
-  if (a.N == 0 || a.OH == 0 || a.OW == 0) return;
-  const ConvShape<T> s = forward_shape(a, int64_t(a.OC) * a.OW * LANES * sizeof(T), true);
-  const Band& b = s.band;
-  const Stencil& st = s.stencil;
-  const CorrelateFn<T> fn = correlate_fn<T>(s.tile.TR, s.tile.TC);
-  const int64_t blocks = div_up(a.N, LANES), bands = div_up(a.OH, b.rows);
-  const int parts = split_channels(blocks * bands, a.threads, a.OC);
-  const int64_t plane = int64_t(a.OH) * a.OW, tasks = blocks * bands;
-  const int teams = int(least<int64_t>(a.threads, tasks));
-  T* sums = scratch<T>(slot_sums, width * teams);
+  if (a.N == 0) return;
+  const bool through = a.grad_x && a.x_layout != Layout::lanes;
   const int OCg = a.OC / a.G, ICg = a.IC / a.G;
-  const int64_t line_size = int64_t(b.RB * b.SY + b.SY) * a.W * LANES;
-  const TeamScratch<T> sources(slot_source, a.threads, b.C * b.channel + line_size);
-  const TeamScratch<T> grads(slot_grad, a.threads, int64_t(a.OC) * b.rows * a.OW * LANES);
+  const int64_t vector = LANES * int64_t(sizeof(T));
+  const int high = most(a.OH, a.grad_x ? int(div_up(a.H, a.SH)) : 0);
+  BackShape<T> back = back_shape(a);
+  const int TR = a.grad_x ? back.tile.TR : 1;
+  const int64_t bound = fitting_rows(int64_t(a.OC) * back.band.CB * vector, back.reach_y,
+                                     through ? int64_t(a.IC) * a.SH * a.W * vector : 0);
+  ConvShape<T> s{};
+  if (a.grad_values) s = forward_shape(a, 0, true, bound, TR, high);
+  const int rows = a.grad_values ? s.band.rows : even_rows(bound, TR, high);
+  const int64_t blocks = div_up(a.N, LANES), bands = div_up(high, rows), tasks = blocks * bands;
+  const int parts = split_channels(tasks, a.threads, most(a.OC, a.IC));
+  const int teams = int(least<int64_t>(a.threads, tasks));
+  T* sums = scratch<T>(slot_sums, width * teams + nnz);
+  place_nonzeros(a, rows, sums + width * teams, back);
+  const Band& b = back.band;
+  const bool past_the_caches = !through && should_stream(a.grad_x, blocks * a.IC * int64_t(a.H) * a.W * vector);
+  const int64_t grad_line = int64_t(b.RB + 1) * a.OW * LANES, chunk_sums = a.grad_x ? tile_sums(a.IC, back.chunks) : 0;
+  const TeamScratch<T> grads(slot_grad, a.threads, b.C * b.channel + grad_line);
+  const TeamScratch<T> sources(
+      slot_source, a.threads,
+      a.grad_values ? s.band.C * s.band.channel + int64_t(s.band.RB * a.SH + a.SH) * a.W * LANES : 0);
+  const TeamScratch<T> dests(slot_dest, a.threads,
+                             chunk_sums + (through ? int64_t(a.IC) * rows * a.SH * a.W * LANES : 0));
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
-    T* band = sources.mine();
-    T* line = band + b.C * b.channel;
     T* grad = grads.mine();
+    T* source = sources.mine();
+    T* dest = dests.mine();
     // Team m works through a fixed share of the tasks, so that the result does not depend on timing. With more threads
     // than tasks, a team's threads share its channels.
 #pragma omp for schedule(static)
@@ -510,61 +610,47 @@ void conv2d_grad_values(const ConvArgs<T>& a) {
       const int part = int(unit % parts);
       T* gv = sums + team * width;
       T* gb = gv + nnz;
-      const int64_t r0 = part_start(st.ptr, st.chunks, a.OC, parts, part);
-      const int64_t r1 = part_start(st.ptr, st.chunks, a.OC, parts, part + 1);
-      for (int32_t k = st.ptr[r0 * st.chunks]; k < st.ptr[r1 * st.chunks]; ++k) gv[k] = T(0);
+      // Output channels whose values and bias, and input channels whose gradient, are this part's.
+      const int64_t r0 = part_start(a.index.rowptr, 1, a.OC, parts, part);
+      const int64_t r1 = part_start(a.index.rowptr, 1, a.OC, parts, part + 1);
+      const int64_t step = int64_t(back.phases) * back.chunks;
+      const int64_t x0 = a.grad_x ? part_start(back.ptr, step, a.IC, parts, part) : 0;
+      const int64_t x1 = a.grad_x ? part_start(back.ptr, step, a.IC, parts, part + 1) : 0;
+      for (int32_t k = a.index.rowptr[r0]; k < a.index.rowptr[r1]; ++k) gv[k] = T(0);
       for (int64_t r = r0; r < r1; ++r) gb[r] = T(0);
-      if (r0 == r1) continue;
+      // Channels of grad_y to be read.
+      int64_t c0 = a.OC, c1 = 0;
+      if (x0 < x1) c0 = x0 / ICg * OCg, c1 = ((x1 - 1) / ICg + 1) * OCg;
+      if (r0 < r1 && (a.grad_values || a.grad_bias)) c0 = least(c0, r0), c1 = most(c1, r1);
+      if (c0 >= c1) continue;
       for (int64_t task = tasks * team / teams; task < tasks * (team + 1) / teams; ++task) {
-        const int row0 = int(task % bands) * b.rows;
         const int64_t nb = task / bands;
-        const int rows = least(b.rows, a.OH - row0);
-        const int images = int(least<int64_t>(LANES, a.N - nb * LANES));
-        CorrelateTile<T> t;
-        const T* g;
-        // In place where a band is a whole image. Else channels lie a large power of two apart and would fall on few
-        // cache sets: a copy is read instead.
-        if (a.y_layout == Layout::lanes && images == LANES && bands == 1) {
-          g = a.grad_y + ((nb * a.OC + r0) * plane + int64_t(row0) * a.OW) * LANES;
-          t.grad_channel = plane * LANES;
-        } else {
-          t.grad_channel = int64_t(rows) * a.OW * LANES;
-          read_block(Walk{a.y_layout, a.OC, plane}, a.grad_y, nb, images, r0, r1, int64_t(row0) * a.OW,
-                     int64_t(rows) * a.OW, grad, t.grad_channel);
-          g = grad;
-        }
+        const int row0 = int(task % bands) * rows, live = most(0, least(rows, a.OH - row0));  // rows of y
+        Passage<T> pass;
+        pass.back = a.y_norm;
+        fill_band(b, a.grad_y, a.y_layout, a.N, nb, row0, int(c0), int(c1), grad, grad + b.C * b.channel, pass);
+        if (x0 < x1)
+          grad_x_of_band(a, back, grad, nb, row0, x0, x1, dest, through ? dest + chunk_sums : nullptr, past_the_caches);
+        const T* g = grad + r0 * b.channel + (int64_t(back.up) * b.CB + back.left) * LANES;
         if (a.grad_bias) {
           for (int64_t r = r0; r < r1; ++r) {
             V<T> sum[Vec<T>::n];
             for (int i = 0; i < Vec<T>::n; ++i) sum[i] = zero<T>();
-            const T* p = g + (r - r0) * t.grad_channel;
-            for (int64_t i = 0; i < int64_t(rows) * a.OW * LANES; i += Vec<T>::n) sum[0] += load(p + i);
+            for (int y = 0; y < live; ++y) {
+              const T* p = g + (r - r0) * b.channel + int64_t(y) * b.CB * LANES;
+              for (int64_t i = 0; i < int64_t(a.OW) * LANES; i += Vec<T>::n) sum[0] += load(p + i);
+            }
             gb[r] += sum_each<T>(sum)[0];
           }
         }
-        if (!a.grad_values) continue;
-        fill_band(b, a.x, a.x_layout, a.N, nb, row0, int(r0 / OCg) * ICg, int((r1 - 1) / OCg + 1) * ICg, band, line,
-                  Norm<T>{a.x_scale, a.x_shift, a.x_relu});
-        t.src_row = int64_t(b.CB) * LANES;
-        t.offset = st.offset;
-        t.ptr_step = st.chunks;
-        t.r0 = r0, t.r1 = r1;
-        t.grad_row = int64_t(a.OW) * LANES;
-        t.grad_values = gv;
-        for (int y = 0; y < rows; y += s.tile.TR)
-          for (int x = 0; x < a.OW; x += s.tile.TC) {
-            t.src = band + (int64_t(y) * b.CB + x) * LANES;
-            t.grad = g + (int64_t(y) * a.OW + x) * LANES;
-            t.rows = least(s.tile.TR, rows - y);
-            t.cols = least(s.tile.TC, a.OW - x);
-            for (int h = 0; h < st.chunks; ++h) {
-              t.begin = st.ptr + h;
-              t.end = t.begin + 1;
-              fn(t);
-            }
-          }
+        if (!a.grad_values || r0 == r1 || live == 0) continue;
+        pass = Passage<T>{a.x_scale, a.x_shift, a.x_relu};
+        fill_band(s.band, a.x, a.x_layout, a.N, nb, row0, int(r0 / OCg) * ICg, int((r1 - 1) / OCg + 1) * ICg, source,
+                  source + s.band.C * s.band.channel, pass);
+        grad_values_of_band(a, s, source, g, b, live, r0, r1, gv);
       }
     }
+    stream_fence();
     if (a.grad_values) {
 #pragma omp for schedule(static) nowait
       for (int64_t k = 0; k < nnz; ++k) {
@@ -582,10 +668,4 @@ void conv2d_grad_values(const ConvArgs<T>& a) {
       }
     }
   }
-}
-
-template <class T>
-void conv2d_backward(const ConvArgs<T>& a) {
-  if (a.grad_values || a.grad_bias) conv2d_grad_values(a);
-  if (a.grad_x) conv2d_grad_x(a);
 }

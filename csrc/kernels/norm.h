@@ -1,7 +1,7 @@
 // Batch norm over the lane layout [blocks][C][P][16]. Included inside an instruction set's namespace; no include guard.
 //
-// Sums are taken plane by plane, centred on the plane's own mean, and combined in double in a fixed order: as exact as
-// a two-pass sum, the same with any number of threads, and the data comes from memory once.
+// Moments are taken plane by plane and combined in double in a fixed order: as exact as a two-pass sum, the same with
+// any number of threads, and the data comes from memory once.
 
 // All ones in the lanes of `part` that hold one of the first `images` samples.
 template <class T>
@@ -18,6 +18,24 @@ SB_INLINE double total(V<T> v) {
   return s;
 }
 
+// mean[c] and var[c] from `groups` groups of samples of known moments, [group][C]; inside a parallel region.
+template <class T, class F>
+SB_INLINE void total_moments(const double* part_mean, const double* part_m2, int64_t groups, int64_t C, T* mean_of,
+                             T* var_of, const F& count_of) {
+#pragma omp for schedule(static)
+  for (int64_t c = 0; c < C; ++c) {
+    double count = 0, mean = 0, m2 = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      const double more = count_of(g), d = part_mean[g * C + c] - mean, all = count + more;
+      mean += d * more / all;
+      m2 += part_m2[g * C + c] + d * d * count * more / all;
+      count = all;
+    }
+    mean_of[c] = T(mean);
+    var_of[c] = T(most(0.0, m2 / count));
+  }
+}
+
 // mean[c] and biased variance var[c] over samples and positions. scratch: 2 * blocks * C doubles.
 template <class T>
 void norm_stats(const NormArgs<T>& a) {
@@ -31,29 +49,25 @@ void norm_stats(const NormArgs<T>& a) {
     for (int64_t t = 0; t < planes; ++t) {
       const int images = int(least<int64_t>(LANES, a.N - t / a.C * LANES));
       const T* x = a.x + t * length;
-      V<T> sum[4] = {zero<T>(), zero<T>(), zero<T>(), zero<T>()};
       double s = 0, m2 = 0, mean;
       if (images == LANES) {
+        constexpr int K = 8;
+        V<T> v[K], own = zero<T>(), squares = zero<T>();
+        T count = 0;
         int64_t i = 0;
-        for (; i + 4 * n <= length; i += 4 * n)
-          for (int u = 0; u < 4; ++u) sum[u] += load(x + i + u * n);
-        for (; i < length; i += n) sum[0] += load(x + i);
-        s = total<T>(sum[0] + sum[1]) + total<T>(sum[2] + sum[3]);
-        mean = s / double(length);
-        const V<T> m = splat<T>(T(mean));
-        V<T> sq[4] = {zero<T>(), zero<T>(), zero<T>(), zero<T>()};
-        for (i = 0; i + 4 * n <= length; i += 4 * n)
-          for (int u = 0; u < 4; ++u) {
-            const V<T> d = load(x + i + u * n) - m;
-            sq[u] += d * d;
-          }
-        for (; i < length; i += n) {
-          const V<T> d = load(x + i) - m;
-          sq[0] += d * d;
+        for (; i + K * n <= length; i += K * n) {
+          for (int k = 0; k < K; ++k) v[k] = load(x + i + k * n);
+          add_moments<T, K>(v, own, squares, count);
+          count += T(K);
         }
-        m2 = total<T>(sq[0] + sq[1]) + total<T>(sq[2] + sq[3]);
-        const double shift = mean - double(T(mean));
-        m2 -= shift * shift * double(length);
+        for (; i < length; i += n) {
+          v[0] = load(x + i);
+          add_moments<T, 1>(v, own, squares, count);
+          count += T(1);
+        }
+        mean = total<T>(own) / n;
+        for (int k = 0; k < n; ++k)
+          m2 += double(squares[k]) + double(count) * (double(own[k]) - mean) * (double(own[k]) - mean);
       } else {
         for (int64_t i = 0; i < a.P; ++i)
           for (int l = 0; l < images; ++l) s += double(x[i * LANES + l]);
@@ -67,19 +81,8 @@ void norm_stats(const NormArgs<T>& a) {
       part_mean[t] = mean;
       part_m2[t] = m2;
     }
-#pragma omp for schedule(static)
-    for (int64_t c = 0; c < a.C; ++c) {
-      double count = 0, mean = 0, m2 = 0;
-      for (int64_t b = 0; b < blocks; ++b) {
-        const double more = double(a.P) * double(least<int64_t>(LANES, a.N - b * LANES));
-        const double d = part_mean[b * a.C + c] - mean, all = count + more;
-        mean += d * more / all;
-        m2 += part_m2[b * a.C + c] + d * d * count * more / all;
-        count = all;
-      }
-      a.mean[c] = T(mean);
-      a.var[c] = T(most(0.0, m2 / count));
-    }
+    total_moments(part_mean, part_m2, blocks, a.C, a.mean, a.var,
+                  [&](int64_t b) { return double(a.P) * double(least<int64_t>(LANES, a.N - b * LANES)); });
   }
 }
 
@@ -250,24 +253,32 @@ void norm_reduce(const NormArgs<T>& a) {
   }
 }
 
-// grad_x = scale[c] * g + slope[c] * (x - mean[c]) + shift[c].
+// What a norm makes of the gradient of its result: scale[c] * g + slope[c] * (x - mean[c]) + shift[c].
+template <class T, Gate GATE>
+struct NormGrad {
+  PassedGrad<T, GATE, false> passed;
+  V<T> scale, slope, shift, mean;
+
+  SB_INLINE NormGrad(const NormArgs<T>& a, int64_t t) : passed(a, t) {
+    const int64_t c = t % a.C;
+    scale = splat<T>(a.scale[c]), slope = splat<T>(a.slope[c]), shift = splat<T>(a.shift[c]),
+    mean = splat<T>(a.mean[c]);
+  }
+
+  SB_INLINE V<T> operator()(int64_t i) const { return scale * passed(i) + slope * (load(passed.x + i) - mean) + shift; }
+};
+
 template <class T, Gate GATE>
 void norm_grad_as(const NormArgs<T>& a) {
-  constexpr int n = Vec<T>::n;
   const int64_t planes = div_up(a.N, LANES) * a.C, length = a.P * LANES;
   const bool past_the_caches = should_stream(a.y, planes * length * int64_t(sizeof(T)));
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < planes; ++t) {
-      const int64_t c = t % a.C;
-      const V<T> scale = splat<T>(a.scale[c]), shift = splat<T>(a.shift[c]), slope = splat<T>(a.slope[c]),
-                 mean = splat<T>(a.mean[c]);
-      const PassedGrad<T, GATE, false> passed(a, t);
-      const T* x = a.x + t * length;
+      const NormGrad<T, GATE> grad(a, t);
       T* y = a.y + t * length;
-      for (int64_t i = 0; i < length; i += n)
-        store_or_stream(y + i, scale * passed(i) + slope * (load(x + i) - mean) + shift, past_the_caches);
+      for (int64_t i = 0; i < length; i += Vec<T>::n) store_or_stream(y + i, grad(i), past_the_caches);
     }
     stream_fence();
   }
@@ -282,5 +293,31 @@ void norm_grad(const NormArgs<T>& a) {
       return norm_grad_as<T, Gate::result>(a);
     case Gate::input:
       return norm_grad_as<T, Gate::input>(a);
+  }
+}
+
+// The same for `len` positions of plane t from `at` on, to dst; lanes from `images` on become zero.
+template <class T, Gate GATE>
+void norm_grad_lanes_as(const NormArgs<T>& a, int64_t t, int64_t at, int images, int64_t len, T* dst) {
+  const NormGrad<T, GATE> grad(a, t);
+  if (images == LANES) {
+    for (int64_t i = 0; i < len * LANES; i += Vec<T>::n) store(dst + i, grad(at * LANES + i));
+    return;
+  }
+  for (int part = 0; part < LANES; part += Vec<T>::n) {
+    const typename Vec<T>::index exists = lane_mask<T>(images, part);
+    for (int64_t i = part; i < len * LANES; i += LANES) store(dst + i, exists ? grad(at * LANES + i) : zero<T>());
+  }
+}
+
+template <class T>
+void norm_grad_lanes(const NormArgs<T>& a, int64_t t, int64_t at, int images, int64_t len, T* dst) {
+  switch (gate_of(a)) {
+    case Gate::open:
+      return norm_grad_lanes_as<T, Gate::open>(a, t, at, images, len, dst);
+    case Gate::result:
+      return norm_grad_lanes_as<T, Gate::result>(a, t, at, images, len, dst);
+    case Gate::input:
+      return norm_grad_lanes_as<T, Gate::input>(a, t, at, images, len, dst);
   }
 }

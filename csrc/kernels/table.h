@@ -41,6 +41,9 @@ struct LinearArgs {
   int threads;
 };
 
+template <class T>
+struct NormArgs;
+
 // x (N, IC, H, W), y (N, OC, OH, OW), index rows = OC, cols = IC / G * KH * KW.
 template <class T>
 struct ConvArgs {
@@ -55,7 +58,12 @@ struct ConvArgs {
   const T* x_shift;
   bool x_relu;
   T* y;
+  T* mean;  // of y over samples and positions, and the biased variance; null: not wanted, else y is in the lane layout
+  T* var;
   const T* grad_y;
+  // Not null, in the lane layout: grad_y is the gradient not of y, but of what this norm makes of its x, which is y;
+  // see norm_grad.
+  const NormArgs<T>* y_norm;
   T* grad_x;  // of what is convolved
   T* grad_values;
   T* grad_bias;

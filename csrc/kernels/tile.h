@@ -8,6 +8,20 @@
 constexpr int PARTS_F32 = LANES / Vec<float>::n;
 constexpr int PARTS_F64 = LANES / Vec<double>::n;
 
+// K registers more to the mean and the sum of squared deviations of the `count` before them, lane by lane. They are
+// taken by their own mean first: nothing is read twice, and nothing cancels.
+template <class T, int K>
+SB_INLINE void add_moments(const V<T>* v, V<T>& mean, V<T>& squares, T count) {
+  V<T> own = zero<T>(), more = zero<T>();
+  for (int k = 0; k < K; ++k) own += v[k];
+  own *= splat<T>(T(1) / T(K));
+  for (int k = 0; k < K; ++k) more += (v[k] - own) * (v[k] - own);
+  const V<T> d = own - mean;
+  const T all = count + T(K);
+  mean += d * splat<T>(T(K) / all);
+  squares += more + d * d * splat<T>(count * T(K) / all);
+}
+
 template <class T>
 struct GatherTile {
   const T* src;
@@ -26,6 +40,9 @@ struct GatherTile {
   bool first, last;              // of the chunks that a sum is made in
   T* sums;                       // between chunks: [r1 - r0][TR * TC][LANES]
   bool past_the_caches = false;  // how dst is written
+  // Not null: mean and sum of squared deviations [r1 - r0][2][LANES] of what was written, `count` in each lane so far.
+  T* moments = nullptr;
+  T count = 0;
 };
 
 // dst[r][i][j][:] = bias[r] + sum_k value[k] * src[offset[k] + i*src_row + j*LANES + :].   Cost: nnz * TR * TC FMAs.
@@ -53,6 +70,13 @@ void gather_tile_as(const GatherTile<T>& t) {
         const V<T> v = splat<T>(t.value[ORDERED ? t.order[k] : k]);
         for (int i = 0; i < TR; ++i)
           for (int j = 0; j < TC; ++j) acc[i][j] += v * load(p + i * t.src_row + j * LANES);
+      }
+      if (t.last && t.moments) {
+        T* at = t.moments + (r - t.r0) * 2 * LANES + part;
+        V<T> mean = load(at), squares = load(at + LANES);
+        add_moments<T, TR * TC>(&acc[0][0], mean, squares, t.count);
+        store(at, mean);
+        store(at + LANES, squares);
       }
       if (!t.last) {
         for (int i = 0; i < TR; ++i)

@@ -245,8 +245,16 @@ void test_conv2d() {
       // x is what a norm makes of raw; the kernels get the one or, in the lane layout, the other with the norm.
       const bool relu = N % 2;
       const Doubles raw = random_doubles(N * c.IC * c.H * c.W), bias = random_doubles(c.OC),
-                    grad_y = random_doubles(N * c.OC * OH * OW), scale = random_doubles(c.IC),
-                    shift = random_doubles(c.IC);
+                    scale = random_doubles(c.IC), shift = random_doubles(c.IC);
+      // The gradient of y in the same way: what a norm behind it makes of the gradient of its result.
+      const Doubles behind = random_doubles(N * c.OC * OH * OW), raw_grad = random_doubles(N * c.OC * OH * OW),
+                    mean = random_doubles(c.OC), slope = random_doubles(c.OC), gate = random_doubles(c.OC);
+      Doubles grad_y(behind.size());
+      for (size_t i = 0; i < grad_y.size(); ++i) {
+        const size_t oc = i / (size_t(OH) * size_t(OW)) % size_t(c.OC);
+        const double passed = relu && !(gate[oc] * behind[i] + bias[oc] > 0) ? 0 : raw_grad[i];
+        grad_y[i] = mean[oc] * passed + slope[oc] * (behind[i] - mean[oc]) + bias[oc];
+      }
       Doubles x(raw.size());
       for (size_t i = 0; i < x.size(); ++i) {
         const size_t ic = i / (size_t(c.H) * size_t(c.W)) % size_t(c.IC);
@@ -272,6 +280,12 @@ void test_conv2d() {
                 grad_values[size_t(k)] += grad_y[o] * x[i];
               }
             }
+      Doubles y_mean(bias.size()), y_var(bias.size());
+      const double each = double(N) * OH * OW;
+      const auto channel = [&](size_t i) { return i / (size_t(OH) * size_t(OW)) % size_t(c.OC); };
+      for (size_t i = 0; i < y.size(); ++i) y_mean[channel(i)] += y[i] / each;
+      for (size_t i = 0; i < y.size(); ++i)
+        y_var[channel(i)] += (y[i] - y_mean[channel(i)]) * (y[i] - y_mean[channel(i)]) / each;
       for (Layout xl : {Layout::plain, Layout::lanes, Layout::channels_last})
         for (Layout yl : {Layout::plain, Layout::lanes, Layout::channels_last}) {
           if (large && xl != Layout::lanes) continue;
@@ -282,19 +296,32 @@ void test_conv2d() {
               [&](auto zero, int threads) {
                 using T = decltype(zero);
                 const Shape xs{N, c.IC, int64_t(c.H) * c.W, xl}, ys{N, c.OC, int64_t(OH) * OW, yl};
-                for (const bool norm : {false, true}) {
-                  if (norm && xl != Layout::lanes) continue;
-                  Buffer<T> v(p.values), b(bias), in(xs, norm ? raw : x), out(ys.size()), gy(ys, grad_y), gx(xs.size()),
-                      gv(p.index.nnz), gb(c.OC), sb(scale), hb(shift);
+                for (int norms = 0; norms < 4; ++norms) {
+                  const bool norm = norms & 1, back = norms & 2;
+                  if ((norm && xl != Layout::lanes) || (back && yl != Layout::lanes)) continue;
+                  Buffer<T> v(p.values), b(bias), in(xs, norm ? raw : x), out(ys.size()),
+                      gy(ys, back ? raw_grad : grad_y), gx(xs.size()), gv(p.index.nnz), gb(c.OC), sb(scale), hb(shift),
+                      zb(ys, behind), mb(mean), lb(slope), tb(gate);
+                  NormArgs<T> y_norm{};
+                  y_norm.N = N, y_norm.C = c.OC, y_norm.P = int64_t(OH) * OW, y_norm.x = zb, y_norm.grad_y = gy;
+                  y_norm.mean = mb, y_norm.scale = mb, y_norm.slope = lb, y_norm.shift = b;
+                  if (relu) y_norm.relu_scale = tb, y_norm.relu_shift = b;
                   ConvArgs<T> a{};
                   a.index = p.index, a.N = N, a.IC = c.IC, a.H = c.H, a.W = c.W, a.OC = c.OC, a.OH = OH, a.OW = OW;
                   a.KH = c.KH, a.KW = c.KW, a.SH = c.SH, a.SW = c.SW, a.PH = c.PH, a.PW = c.PW, a.DH = c.DH;
                   a.DW = c.DW, a.G = c.G, a.values = v, a.bias = b, a.x = in, a.y = out, a.grad_y = gy, a.grad_x = gx;
                   a.grad_values = gv, a.grad_bias = gb, a.x_layout = xl, a.y_layout = yl, a.threads = threads;
                   if (norm) a.x_scale = sb, a.x_shift = hb, a.x_relu = relu;
+                  if (back) a.y_norm = &y_norm;
+                  Buffer<T> my(c.OC), vy(c.OC);
+                  if (yl == Layout::lanes) a.mean = my, a.var = vy;
                   kernels<T>().conv2d_forward(a);
                   kernels<T>().conv2d_backward(a);
                   compare("y", out, ys, y);
+                  if (a.mean) {
+                    compare("mean", my, y_mean);
+                    compare("var", vy, y_var);
+                  }
                   compare("grad_x", gx, xs, grad_x);
                   compare("grad_values", gv, grad_values);
                   compare("grad_bias", gb, grad_bias);

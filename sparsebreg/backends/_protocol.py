@@ -74,6 +74,7 @@ class Backend(Protocol):
         bias: torch.Tensor | None,
         geometry: Geometry,
         layout: Layout,
+        training: bool,
     ) -> torch.Tensor: ...
 
     def conv2d_backward(

@@ -39,6 +39,12 @@ def _source(x: torch.Tensor | None, layout: Layout):
     return packed.numpy(), (norm.scale.numpy(), norm.shift.numpy(), norm.relu)
 
 
+def _gradient(grad: torch.Tensor, layout: Layout):
+    """The memory of the gradient of a convolution's output, and the batch norm that it is still to go through."""
+    waiting = lanes.waiting_norm_grad(grad)
+    return (_array(grad, layout), None) if waiting is None else waiting
+
+
 def _result(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout) -> torch.Tensor:
     if layout is Layout.LANES:
         n, *rest = shape
@@ -96,14 +102,18 @@ class NativeBackend:
         )  # fmt: skip
         return grad_x, grad_values, grad_bias
 
-    def conv2d_forward(self, pattern, x, values, bias, geometry, layout):
+    def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):
         x_layout = _layout(x)
         size = geometry.output_size(x.shape[2:], pattern.shape[2:])
         source, norm = _source(x, x_layout)
         y = _result((x.shape[0], pattern.rows, *size), x.dtype, layout)
+        moments = None
+        # A convolution without a bias has a batch norm behind it, as a rule: it gets its statistics along.
+        if training and bias is None and layout is Layout.LANES and y.numel():
+            moments = lanes.make_moments(y)
         self.C.conv2d_forward(
             pattern.native_index(), x.shape[0], _geometry(pattern, geometry, x.shape), source, x_layout, norm,
-            _array(values), _array(bias), _array(y, layout), layout, torch.get_num_threads(),
+            _array(values), _array(bias), _array(y, layout), layout, moments, torch.get_num_threads(),
         )  # fmt: skip
         return y
 
@@ -111,11 +121,12 @@ class NativeBackend:
         layout = _layout(grad_y)
         x_layout = layout if x is None else _layout(x)
         source, norm = _source(x, x_layout)
+        grad, grad_norm = _gradient(grad_y, layout)
         grad_x = _result(tuple(x_shape), grad_y.dtype, x_layout) if needs[0] else None
         grad_values = torch.empty_like(values) if needs[1] else None
         grad_bias = torch.empty(pattern.rows, dtype=values.dtype) if needs[2] else None
         self.C.conv2d_backward(
-            pattern.native_index(), x_shape[0], _geometry(pattern, geometry, x_shape), _array(grad_y, layout), layout,
+            pattern.native_index(), x_shape[0], _geometry(pattern, geometry, x_shape), grad, layout, grad_norm,
             source, x_layout, norm, _array(values), _array(grad_x, x_layout), _array(grad_values), _array(grad_bias),
             torch.get_num_threads(),
         )  # fmt: skip

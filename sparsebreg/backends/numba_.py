@@ -176,7 +176,7 @@ class NumbaBackend:
         key = ("numba", geometry, tuple(x_shape[2:]))
         return pattern.cached(key, lambda: self._forward_plan(pattern, geometry, x_shape))
 
-    def conv2d_forward(self, pattern, x, values, bias, geometry, layout):
+    def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):
         offset, pad, src_row, (oh, ow) = self._plan(pattern, geometry, x.shape)
         src = _to_lanes(x, pad, geometry.stride)
         y = self._run_gather(

@@ -215,7 +215,7 @@ METHODS: dict[str, Method] = {
         for_both={"convnet": {**_FROM_DENSER, "lr": 4e-3, "lam": 0.2, "coarse_steps": 9, "weight_decay": 1e-4}},
     ),
     # Sparse layers bear, and need, a larger step than dense ones. Convolutions may diverge if it is as large at first.
-    "rigl": Method(_masked(_rigl), {**_DYNAMIC, "lr": 0.3}, for_model={"convnet": {"lr": 0.2, "warmup": 0.2}}),
+    "rigl": Method(_masked(_rigl), {**_DYNAMIC, "lr": 0.3}, for_model={"convnet": {"lr": 0.15, "warmup": 0.2}}),
     "set": Method(_masked(_set), {**_DYNAMIC, "lr": 0.2}),
     "prune": Method(
         _masked(_prune), {**_DYNAMIC, "lr": 0.2}, for_model={"convnet": {"lr": 0.1, "warmup": 0.2}}, dense=True

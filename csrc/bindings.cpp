@@ -343,8 +343,8 @@ void conv2d_forward(const NativeIndex& pattern, int64_t N, const std::vector<int
 
 void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, const py::array& grad_y,
                      int y_layout, const std::optional<BackNorm>& y_norm, const Maybe& x, int x_layout,
-                     const MaybeNorm& norm, const py::array& values, Maybe grad_x, Maybe grad_values, Maybe grad_bias,
-                     int threads) {
+                     const MaybeNorm& norm, std::optional<std::tuple<py::array, py::array, py::array>> sums,
+                     const py::array& values, Maybe grad_x, Maybe grad_values, Maybe grad_bias, int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
     ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout, values, threads);
@@ -357,6 +357,12 @@ void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<in
       int64_t size;
       behind = back_norm_args<T>(N, a.OC, int64_t(a.OH) * a.OW, *y_norm, grad_y, &size, threads);
       a.y_norm = &behind;
+    }
+    if (sums) {
+      if (!a.x_relu || !a.grad_x || N < 1) refuse("sums", "a norm of x with a ReLU, and grad_x", "others");
+      a.x_mean = in<T>("mean", std::get<0>(*sums), a.IC);
+      a.x_sum_g = out<T>("sum_g", std::get<1>(*sums), a.IC);
+      a.x_sum_gx = out<T>("sum_gx", std::get<2>(*sums), a.IC);
     }
     py::gil_scoped_release nogil;
     kernels_of<T>().conv2d_backward(a);
@@ -519,7 +525,8 @@ void norm_stats(int64_t N, int64_t C, int64_t P, const py::array& x, py::array m
 }
 
 void norm_apply(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& scale, const py::array& shift,
-                const Maybe& residual, bool relu, py::array y, int threads) {
+                const Maybe& residual, const std::optional<std::pair<py::array, py::array>>& residual_norm, bool relu,
+                py::array y, int threads) {
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     int64_t size;
@@ -528,6 +535,10 @@ void norm_apply(int64_t N, int64_t C, int64_t P, const py::array& x, const py::a
     a.scale = in<T>("scale", scale, C);
     a.shift = in<T>("shift", shift, C);
     a.residual = maybe_in<T>("residual", residual, size);
+    if (residual_norm) {
+      a.residual_scale = in<T>("residual_scale", residual_norm->first, C);
+      a.residual_shift = in<T>("residual_shift", residual_norm->second, C);
+    }
     a.relu = relu;
     py::gil_scoped_release nogil;
     kernels_of<T>().norm_apply(a);

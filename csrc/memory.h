@@ -6,7 +6,7 @@
 
 namespace sparsebreg {
 
-enum Slot { slot_source, slot_dest, slot_plan, slot_more_plan, slot_grad, slot_sums, slot_count };
+enum Slot { slot_source, slot_dest, slot_plan, slot_more_plan, slot_grad, slot_sums, slot_parts, slot_count };
 
 // A buffer of at least `bytes`, 64-byte aligned, valid until the next request for this slot from this thread.
 // Throws std::bad_alloc.

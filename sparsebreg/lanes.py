@@ -70,14 +70,16 @@ class _Cell:
 
     ``packed`` holds the data and ``plain`` at most a copy, until something takes a view with plain strides or writes in
     place through an unknown operation: from then on ``plain`` is the data (``exposed``). ``moments`` are mean and
-    biased variance of the channels, where whoever computed the data took them along.
+    biased variance of the channels, where whoever computed the data took them along; ``sums`` those that a batch norm
+    takes of the gradient of its result, and which result that is.
     """
 
-    __slots__ = ("__weakref__", "exposed", "moments", "n", "packed", "plain", "readers")
+    __slots__ = ("__weakref__", "exposed", "moments", "n", "packed", "plain", "readers", "sums")
 
     def __init__(self, packed: torch.Tensor | None, n: int) -> None:
         self.packed: torch.Tensor | None = packed
         self.moments: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.sums: tuple[_Normed, torch.Tensor, torch.Tensor] | None = None
         self.plain: torch.Tensor | None = None
         self.exposed = False
         self.n = n
@@ -108,7 +110,7 @@ class _Cell:
 
     def _settle(self) -> None:
         """Before the storage is written to: who meant to read it later reads it now."""
-        self.moments = None
+        self.moments = self.sums = None
         for reader in list(self.readers or ()):
             reader.settle()
         self.readers = None
@@ -158,15 +160,19 @@ class _Deferred(_Cell):
 class _Normed(_Deferred):
     """ReLU(scale * x + shift + residual), the ReLU and the residual optional; scale and shift per channel.
 
-    ``sources`` are x and, where there is one, the residual. ``input`` refers weakly to x, also once ``sources`` are
+    ``sources`` are x and, where there is one, the residual, or what it is to be made of by a norm of its own
+    (``residual_norm``, scale and shift). ``input`` refers weakly to x, also once ``sources`` are
     gone, as long as neither x nor the result is written to.
     """
 
-    __slots__ = ("input", "relu", "scale", "shift", "sizes", "summed")
+    __slots__ = ("input", "mean", "relu", "residual_norm", "scale", "shift", "sizes", "summed")
 
-    def __init__(self, sources, sizes: tuple[int, int, int], scale, shift, relu: bool = False) -> None:
+    def __init__(
+        self, sources, sizes: tuple[int, int, int], mean, scale, shift, relu: bool = False, residual_norm=None
+    ) -> None:
         super().__init__(*sources)
-        self.sizes, self.scale, self.shift, self.relu = sizes, scale, shift, relu
+        self.residual_norm: tuple[torch.Tensor, torch.Tensor] | None = residual_norm
+        self.sizes, self.mean, self.scale, self.shift, self.relu = sizes, mean, scale, shift, relu
         self.summed = len(sources) == 2
         self.input = weakref.ref(sources[0])
 
@@ -184,11 +190,19 @@ class _Normed(_Deferred):
             return self.scale.numpy(), self.shift.numpy()
         return self.get_packed().numpy()
 
+    def _like(self, sources, relu: bool, residual_norm) -> _Normed:
+        return _Normed(sources, self.sizes, self.mean, self.scale, self.shift, relu, residual_norm)
+
     def plus(self, residual: _Cell) -> _Normed:
-        return _Normed((self.sources[0], residual), self.sizes, self.scale, self.shift)
+        own = None
+        if isinstance(residual, _Normed) and residual.sizes == self.sizes and not (residual.summed or residual.relu):
+            sources = residual.sources  # read first: another thread may be done at any time
+            if residual.waiting():
+                own, residual = (residual.scale, residual.shift), sources[0]
+        return self._like((self.sources[0], residual), False, own)
 
     def rectified(self) -> _Normed:
-        return _Normed(self.sources, self.sizes, self.scale, self.shift, True)
+        return self._like(self.sources, True, self.residual_norm)
 
     @labelled("norm_relu")
     def compute(self, sources: tuple[_Cell, ...]) -> torch.Tensor:
@@ -196,7 +210,8 @@ class _Normed(_Deferred):
         y = memory.empty(tuple(x.shape), x.dtype)
         native().norm_apply(
             *self.sizes, x.numpy(), self.scale.numpy(), self.shift.numpy(), residual[0].numpy() if residual else None,
-            self.relu, y.numpy(), torch.get_num_threads(),
+            self.residual_norm and tuple(t.numpy() for t in self.residual_norm), self.relu, y.numpy(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return y
 
@@ -314,6 +329,13 @@ def make_moments(x: LaneTensor) -> tuple[Any, Any]:
     """Room for the moments of x, for a kernel to fill."""
     x._cell.moments = torch.empty(x.shape[1], dtype=x.dtype), torch.empty(x.shape[1], dtype=x.dtype)
     return tuple(t.numpy() for t in x._cell.moments)
+
+
+def make_sums(grad: LaneTensor, norm: _Normed) -> tuple[Any, Any, Any]:
+    """The mean of a norm, and room for the sums that it takes of ``grad``, the gradient of its result."""
+    sums = torch.empty_like(norm.mean), torch.empty_like(norm.mean)
+    grad._cell.sums = norm, *sums
+    return norm.mean.numpy(), *(t.numpy() for t in sums)
 
 
 class _FromPlain(torch.autograd.Function):
@@ -848,7 +870,7 @@ def _batch_norm(func, args, kwargs):
         saved = torch.empty(0), torch.empty(0)
     scale = invstd if weight is None else invstd * weight
     shift = -mean * scale if bias is None else bias - mean * scale
-    return _alias(_Normed((_source(x, packed),), sizes, scale, shift), x.shape, x.dtype), *saved
+    return _alias(_Normed((_source(x, packed),), sizes, mean, scale, shift), x.shape, x.dtype), *saved
 
 
 def _source(x: LaneTensor, packed: torch.Tensor) -> _Cell:
@@ -881,11 +903,14 @@ def _batch_norm_backward(func, args, kwargs):
         source = _source(grad_y, grad_y.packed)
     else:
         source = _Cell(pack(grad_y.contiguous()), n)
-    sum_g, sum_gx = torch.empty((2, channels), dtype=x.dtype)
-    native().norm_reduce(
-        *sizes, packed.numpy(), source.get_packed().numpy(), _numpy(more), gate, mean.numpy(), sum_g.numpy(),
-        sum_gx.numpy(), _numpy(passed), threads,
-    )  # fmt: skip
+    if more is None and isinstance(gate, tuple) and source.sums is not None and source.sums[0] is result:
+        (_, sum_g, sum_gx), source.sums = source.sums, None
+    else:
+        sum_g, sum_gx = torch.empty((2, channels), dtype=x.dtype)
+        native().norm_reduce(
+            *sizes, packed.numpy(), source.get_packed().numpy(), _numpy(more), gate, mean.numpy(), sum_g.numpy(),
+            sum_gx.numpy(), _numpy(passed), threads,
+        )  # fmt: skip
     if passed is not None:
         masked.finish(passed)
         source, gate = masked, None

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import sparsebreg as sb
 from sparsebreg import backends
 from sparsebreg.experiments import bench, cases, cli, plots, timing
 from sparsebreg.experiments.bench import Options, break_even, compare, measure
+from sparsebreg.experiments.breakdown import PARTS, REST, breakdown
 from sparsebreg.experiments.cases import Case, derived, work
 from sparsebreg.experiments.shapes import CONV2D, LINEAR, NETWORKS, NORM, REPRESENTATIVE, SUITES, Conv2d, Linear, Norm
 
@@ -203,6 +205,38 @@ def test_fine_steps_and_cycles():
     assert fine.tolist() == [3.0, 3.0, 0.025]  # never below zero
     np.testing.assert_allclose(times["cycle m=9", 0.1][1], (9 * coarse + fine) / 10)
     np.testing.assert_allclose(times["cycle m=99", 0.1][1], (99 * coarse + fine) / 100)
+
+
+def test_where_the_time_of_a_step_goes(tiny, undrawn, tmp_path):
+    words = ("--suite", "network", "--densities", 0.1, "--batches", 16, "--budget", 1e-3, "--quiet")
+    assert main(*words, "--out", tmp_path) == 0
+    results = json.loads((tmp_path / "bench.json").read_text())["results"]
+    parts = {r["implementation"]: r["parts_ms"] for r in results if "parts_ms" in r}
+    assert parts.keys() == {"coarse", "fine"}
+    for found in parts.values():
+        assert found.keys() == {*PARTS, REST}
+        assert min(found["sparse products"], found["optimizer"]) > 0
+    assert parts["coarse"]["swap"] == 0 < parts["fine"]["swap"]
+    assert parts["coarse"]["norms"] == 0  # an MLP has none
+    assert parts["fine"]["dense products"] > 0  # the full gradient of the weights
+    line = next(x for x in (tmp_path / "bench.md").read_text().splitlines() if re.match(r"\| mlp +\| fine +\| +16 ", x))
+    assert float(line.strip("|").split("|")[5]) == pytest.approx(parts["fine"]["sparse products"], abs=0.05)
+
+
+def test_parts_of_a_step():
+    x = torch.randn(64, 64)
+
+    def step():
+        torch.mm(x, x)
+        with torch.autograd.profiler.record_function("sparsebreg::conv2d_backward"):
+            torch.mm(x, x)  # the innermost part counts
+            torch.sort(x)
+        time.sleep(0.02)
+
+    parts = breakdown(step, 2)
+    assert min(parts["dense products"], parts["sparse products"]) > 0
+    assert parts[REST] > 15
+    assert parts["swap"] == parts["norms"] == parts["optimizer"] == 0
 
 
 @pytest.mark.parametrize(

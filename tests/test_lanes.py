@@ -206,6 +206,11 @@ FUSED = {
     "residual_first": lambda n, x: F.relu(x + n[0](x)),
     "residual_inplace": lambda n, x: F.relu(n[0](x).add_(x), inplace=True),
     "two_norms": lambda n, x: F.relu(n[0](x) + n[1](x)),
+    "two_norms_read": lambda n, x: (lambda y, z: F.relu(y + z) * y - z)(n[0](x), n[1](x * 2)),
+    "two_norms_written": lambda n, x: (lambda y, s: (y.mul_(3), F.relu(s), F.relu_(y))[1] + y)(
+        *(lambda y: (y, n[1](x * 2) + y))(n[0](x))
+    ),
+    "relu_of_a_norm_added": lambda n, x: F.relu(n[0](x) + F.relu(n[1](x))),
     "chain": lambda n, x: F.relu(n[1](F.relu(n[0](x)) * 2) + x),
     "chain_inplace": lambda n, x: F.relu(n[1](F.relu(n[0](x), inplace=True) * 2).add_(x), inplace=True),
     "relu_twice": lambda n, x: F.relu(F.relu(n[0](x)) - 0.1),

@@ -301,7 +301,7 @@ void conv2d_forward(const ConvArgs<T>& a) {
                              through   ? int64_t(a.OC) * b.rows * a.OW * LANES
                              : moments ? 2 * int64_t(a.OC) * LANES
                                        : 0);
-  double* part_mean = moments ? scratch<double>(slot_sums, 2 * blocks * bands * a.OC) : nullptr;
+  double* part_mean = moments ? scratch<double>(slot_parts, 2 * blocks * bands * a.OC) : nullptr;
   double* part_m2 = part_mean + (moments ? blocks * bands * a.OC : 0);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
@@ -484,10 +484,11 @@ void place_nonzeros(const ConvArgs<T>& a, int rows, T* value, BackShape<T>& s) {
 }
 
 // grad_x[n][ic][iy][ix] = sum over active (oc, ky, kx) with iy + PH - ky*DH = oy*SH, ... of value *
-// grad_y[n][oc][oy][ox], for channels [r0, r1) and phase rows from j0 on; `out` where it goes through scratch.
+// grad_y[n][oc][oy][ox], for channels [r0, r1) and phase rows from j0 on; `out` where it goes through scratch;
+// `reduced` as in GatherTile.
 template <class T>
 void grad_x_of_band(const ConvArgs<T>& a, const BackShape<T>& s, const T* band, int64_t nb, int j0, int64_t r0,
-                    int64_t r1, T* sums, T* out, bool past_the_caches) {
+                    int64_t r1, T* sums, T* out, T* reduced, bool past_the_caches) {
   const Band& b = s.band;
   const int64_t plane = int64_t(a.H) * a.W;
   const int y0 = least(a.H, j0 * a.SH), y1 = least(a.H, (j0 + b.rows) * a.SH);
@@ -500,7 +501,13 @@ void grad_x_of_band(const ConvArgs<T>& a, const BackShape<T>& s, const T* band, 
   t.bias = nullptr;
   t.sums = sums;
   t.past_the_caches = past_the_caches;
-  T* dst = out ? out : a.grad_x + ((nb * a.IC + r0) * plane + int64_t(y0) * a.W) * LANES;
+  const int64_t start = ((nb * a.IC + r0) * plane + int64_t(y0) * a.W) * LANES;
+  T* dst = out ? out : a.grad_x + start;
+  if (reduced) {
+    clear(reduced, 2 * (r1 - r0) * LANES);
+    t.reduced = reduced;
+    t.x_scale = a.x_scale + r0, t.x_shift = a.x_shift + r0, t.x_mean = a.x_mean + r0;
+  }
   t.dst_channel = (out ? int64_t(y1 - y0) * a.W : plane) * LANES;
   t.dst_row = int64_t(a.SH) * a.W * LANES;
   t.dst_col = int64_t(a.SW) * LANES;
@@ -516,7 +523,9 @@ void grad_x_of_band(const ConvArgs<T>& a, const BackShape<T>& s, const T* band, 
       for (int x = 0; x < cols; x += TC) {
         const int xx = least(x, cols - TC);
         t.src = band + (int64_t(yy) * b.CB + xx) * LANES;
-        t.dst = dst + (int64_t(yy * a.SH + py) * a.W + xx * a.SW + px) * LANES;
+        const int64_t at = (int64_t(yy * a.SH + py) * a.W + xx * a.SW + px) * LANES;
+        t.dst = dst + at;
+        if (reduced) t.x = a.x + start + at;
         for (int h = 0; h < s.chunks; ++h) {
           t.begin = s.ptr + f * s.chunks + h;
           t.end = t.begin + 1;
@@ -595,8 +604,13 @@ void conv2d_backward(const ConvArgs<T>& a) {
   const TeamScratch<T> sources(
       slot_source, a.threads,
       a.grad_values ? s.band.C * s.band.channel + int64_t(s.band.RB * a.SH + a.SH) * a.W * LANES : 0);
+  // Sums for the norm of x are taken from the tiles where no two of them overlap.
+  const bool reducing = a.x_sum_g && !through && a.SH * a.SW == 1 && a.H % back.tile.TR == 0 && a.W % back.tile.TC == 0;
+  const int64_t lane_sums = reducing ? 2 * int64_t(a.IC) * LANES : 0;
   const TeamScratch<T> dests(slot_dest, a.threads,
-                             chunk_sums + (through ? int64_t(a.IC) * rows * a.SH * a.W * LANES : 0));
+                             chunk_sums + lane_sums + (through ? int64_t(a.IC) * rows * a.SH * a.W * LANES : 0));
+  double* part_g = reducing ? scratch<double>(slot_parts, 2 * tasks * a.IC) : nullptr;
+  double* part_gx = part_g + (reducing ? tasks * a.IC : 0);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
     T* grad = grads.mine();
@@ -629,8 +643,20 @@ void conv2d_backward(const ConvArgs<T>& a) {
         Passage<T> pass;
         pass.back = a.y_norm;
         fill_band(b, a.grad_y, a.y_layout, a.N, nb, row0, int(c0), int(c1), grad, grad + b.C * b.channel, pass);
-        if (x0 < x1)
-          grad_x_of_band(a, back, grad, nb, row0, x0, x1, dest, through ? dest + chunk_sums : nullptr, past_the_caches);
+        if (x0 < x1) {
+          T* reduced = reducing ? dest + chunk_sums : nullptr;
+          grad_x_of_band(a, back, grad, nb, row0, x0, x1, dest, through ? dest + chunk_sums : nullptr, reduced,
+                         past_the_caches);
+          if (reducing)
+            for (int64_t r = x0; r < x1; ++r) {
+              const T* lanes = reduced + (r - x0) * 2 * LANES;
+              double total_g = 0, total_gx = 0;
+              for (int i = 0; i < least<int64_t>(LANES, a.N - nb * LANES); ++i)
+                total_g += double(lanes[i]), total_gx += double(lanes[LANES + i]);
+              part_g[task * a.IC + r] = total_g;
+              part_gx[task * a.IC + r] = total_gx;
+            }
+        }
         const T* g = grad + r0 * b.channel + (int64_t(back.up) * b.CB + back.left) * LANES;
         if (a.grad_bias) {
           for (int64_t r = r0; r < r1; ++r) {
@@ -651,6 +677,7 @@ void conv2d_backward(const ConvArgs<T>& a) {
       }
     }
     stream_fence();
+    if (reducing) total_sums(part_g, part_gx, tasks, a.IC, a.x_sum_g, a.x_sum_gx);
     if (a.grad_values) {
 #pragma omp for schedule(static) nowait
       for (int64_t k = 0; k < nnz; ++k) {
@@ -667,5 +694,12 @@ void conv2d_backward(const ConvArgs<T>& a) {
         a.grad_bias[r] = total;
       }
     }
+  }
+  if (a.x_sum_g && !reducing) {
+    NormArgs<T> norm{};
+    norm.N = a.N, norm.C = a.IC, norm.P = int64_t(a.H) * a.W, norm.x = a.x, norm.grad_y = a.grad_x;
+    norm.relu_scale = a.x_scale, norm.relu_shift = a.x_shift, norm.mean = const_cast<T*>(a.x_mean);
+    norm.sum_g = a.x_sum_g, norm.sum_gx = a.x_sum_gx, norm.threads = a.threads;
+    norm_reduce(norm);
   }
 }

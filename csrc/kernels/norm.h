@@ -86,12 +86,6 @@ void norm_stats(const NormArgs<T>& a) {
   }
 }
 
-// What a batch norm makes of x; one expression everywhere, so that a sign does not depend on who computes it.
-template <class T>
-SB_INLINE V<T> normed(V<T> x, V<T> scale, V<T> shift) {
-  return x * scale + shift;
-}
-
 template <class T>
 SB_INLINE V<T> rectified(V<T> v) {
   return v < zero<T>() ? zero<T>() : v;  // NaN stays
@@ -105,10 +99,14 @@ SB_INLINE void store_or_stream(T* p, V<T> v, bool past_the_caches) {
     store(p, v);
 }
 
+// What is added to a norm's result: nothing, a tensor, or a tensor's own norm.
+enum class Residual { none, plain, normed };
+
 // y = scale[c] * x + shift[c] (+ residual) (then ReLU).
-template <class T, bool RESIDUAL, bool RELU>
+template <class T, Residual RESIDUAL, bool RELU>
 void norm_apply_as(const NormArgs<T>& a) {
   constexpr int n = Vec<T>::n;
+  constexpr bool own = RESIDUAL == Residual::normed;
   const int64_t planes = div_up(a.N, LANES) * a.C, length = a.P * LANES;
   const bool past_the_caches = should_stream(a.y, planes * length * int64_t(sizeof(T)));
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
@@ -117,12 +115,15 @@ void norm_apply_as(const NormArgs<T>& a) {
     for (int64_t t = 0; t < planes; ++t) {
       const int64_t c = t % a.C;
       const V<T> scale = splat<T>(a.scale[c]), shift = splat<T>(a.shift[c]);
+      const V<T> own_scale = splat<T>(own ? a.residual_scale[c] : T(1));
+      const V<T> own_shift = splat<T>(own ? a.residual_shift[c] : T(0));
       const T* x = a.x + t * length;
-      const T* residual = RESIDUAL ? a.residual + t * length : nullptr;
+      const T* residual = RESIDUAL == Residual::none ? nullptr : a.residual + t * length;
       T* y = a.y + t * length;
       for (int64_t i = 0; i < length; i += n) {
         V<T> v = normed<T>(load(x + i), scale, shift);
-        if (RESIDUAL) v += load(residual + i);
+        if (RESIDUAL == Residual::plain) v += load(residual + i);
+        if (own) v += normed<T>(load(residual + i), own_scale, own_shift);
         store_or_stream(y + i, RELU ? rectified<T>(v) : v, past_the_caches);
       }
     }
@@ -130,12 +131,15 @@ void norm_apply_as(const NormArgs<T>& a) {
   }
 }
 
+template <class T, Residual RESIDUAL>
+void norm_apply_with(const NormArgs<T>& a) {
+  a.relu ? norm_apply_as<T, RESIDUAL, true>(a) : norm_apply_as<T, RESIDUAL, false>(a);
+}
+
 template <class T>
 void norm_apply(const NormArgs<T>& a) {
-  if (a.residual)
-    a.relu ? norm_apply_as<T, true, true>(a) : norm_apply_as<T, true, false>(a);
-  else
-    a.relu ? norm_apply_as<T, false, true>(a) : norm_apply_as<T, false, false>(a);
+  if (!a.residual) return norm_apply_with<T, Residual::none>(a);
+  a.residual_scale ? norm_apply_with<T, Residual::normed>(a) : norm_apply_with<T, Residual::plain>(a);
 }
 
 // What tells where a ReLU behind the norm lets a gradient pass.
@@ -174,6 +178,18 @@ struct PassedGrad {
     return g;
   }
 };
+
+// Sums over groups [group][C]; inside a parallel region.
+template <class T>
+SB_INLINE void total_sums(const double* part_g, const double* part_gx, int64_t groups, int64_t C, T* sum_g, T* sum_gx) {
+#pragma omp for schedule(static)
+  for (int64_t c = 0; c < C; ++c) {
+    double s = 0, sx = 0;
+    for (int64_t g = 0; g < groups; ++g) s += part_g[g * C + c], sx += part_gx[g * C + c];
+    sum_g[c] = T(s);
+    sum_gx[c] = T(sx);
+  }
+}
 
 // sum_g[c] = sum of g, sum_gx[c] = sum of g * (x - mean[c]), over samples and positions; g is written to `grad`.
 template <class T, Gate GATE, bool MORE, bool KEEP>
@@ -223,13 +239,7 @@ void norm_reduce_as(const NormArgs<T>& a) {
       part_gx[t] = total<T>(gx[0] + gx[1]);
     }
     stream_fence();
-#pragma omp for schedule(static)
-    for (int64_t c = 0; c < a.C; ++c) {
-      double s = 0, sx = 0;
-      for (int64_t b = 0; b < blocks; ++b) s += part_g[b * a.C + c], sx += part_gx[b * a.C + c];
-      a.sum_g[c] = T(s);
-      a.sum_gx[c] = T(sx);
-    }
+    total_sums(part_g, part_gx, blocks, a.C, a.sum_g, a.sum_gx);
   }
 }
 

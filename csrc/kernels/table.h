@@ -64,6 +64,10 @@ struct ConvArgs {
   // Not null, in the lane layout: grad_y is the gradient not of y, but of what this norm makes of its x, which is y;
   // see norm_grad.
   const NormArgs<T>* y_norm;
+  // Not null, with x_relu: the sums that norm_reduce takes for the norm of x, of mean x_mean.
+  const T* x_mean;
+  T* x_sum_g;
+  T* x_sum_gx;
   T* grad_x;  // of what is convolved
   T* grad_values;
   T* grad_bias;
@@ -127,7 +131,9 @@ struct NormArgs {
   int64_t N, C, P;
   const T* x;
   T* y;
-  const T* residual;  // null: none
+  const T* residual;        // null: none
+  const T* residual_scale;  // null: the residual as it is; else it goes through a norm of its own
+  const T* residual_shift;
   bool relu;
   const T* grad_y;
   const T* grad_more;  // null: none; else added to grad_y

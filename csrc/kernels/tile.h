@@ -8,6 +8,12 @@
 constexpr int PARTS_F32 = LANES / Vec<float>::n;
 constexpr int PARTS_F64 = LANES / Vec<double>::n;
 
+// What a batch norm makes of x; one expression everywhere, so that a sign does not depend on who computes it.
+template <class T>
+SB_INLINE V<T> normed(V<T> x, V<T> scale, V<T> shift) {
+  return x * scale + shift;
+}
+
 // K registers more to the mean and the sum of squared deviations of the `count` before them, lane by lane. They are
 // taken by their own mean first: nothing is read twice, and nothing cancels.
 template <class T, int K>
@@ -43,6 +49,13 @@ struct GatherTile {
   // Not null: mean and sum of squared deviations [r1 - r0][2][LANES] of what was written, `count` in each lane so far.
   T* moments = nullptr;
   T count = 0;
+  // Not null: where dst is the gradient of what a norm with a ReLU makes of x: the sums that norm_reduce takes of what
+  // the ReLU lets pass, [r1 - r0][2][LANES]. x lies as dst does; the others are of channel r0.
+  T* reduced = nullptr;
+  const T* x = nullptr;
+  const T* x_scale = nullptr;
+  const T* x_shift = nullptr;
+  const T* x_mean = nullptr;
 };
 
 // dst[r][i][j][:] = bias[r] + sum_k value[k] * src[offset[k] + i*src_row + j*LANES + :].   Cost: nnz * TR * TC FMAs.
@@ -70,6 +83,22 @@ void gather_tile_as(const GatherTile<T>& t) {
         const V<T> v = splat<T>(t.value[ORDERED ? t.order[k] : k]);
         for (int i = 0; i < TR; ++i)
           for (int j = 0; j < TC; ++j) acc[i][j] += v * load(p + i * t.src_row + j * LANES);
+      }
+      if (t.last && t.reduced) {
+        T* at = t.reduced + (r - t.r0) * 2 * LANES + part;
+        const T* x = t.x + (dst - t.dst) + part;
+        const V<T> scale = splat<T>(t.x_scale[r - t.r0]), shift = splat<T>(t.x_shift[r - t.r0]),
+                   mean = splat<T>(t.x_mean[r - t.r0]);
+        V<T> g = load(at), gx = load(at + LANES);
+        for (int i = 0; i < TR; ++i)
+          for (int j = 0; j < TC; ++j) {
+            const V<T> own = load(x + i * t.dst_row + j * t.dst_col);
+            const V<T> passed = normed<T>(own, scale, shift) <= zero<T>() ? zero<T>() : acc[i][j];
+            g += passed;
+            gx += passed * (own - mean);
+          }
+        store(at, g);
+        store(at + LANES, gx);
       }
       if (t.last && t.moments) {
         T* at = t.moments + (r - t.r0) * 2 * LANES + part;

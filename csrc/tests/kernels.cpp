@@ -280,6 +280,15 @@ void test_conv2d() {
                 grad_values[size_t(k)] += grad_y[o] * x[i];
               }
             }
+      // What the ReLU lets pass of grad_x, and its product with raw, centred anywhere.
+      const Doubles x_mean = random_doubles(c.IC);
+      Doubles sum_g(x_mean.size()), sum_gx(x_mean.size());
+      for (size_t i = 0; i < x.size(); ++i) {
+        const size_t ic = i / (size_t(c.H) * size_t(c.W)) % size_t(c.IC);
+        if (!(x[i] > 0)) continue;
+        sum_g[ic] += grad_x[i];
+        sum_gx[ic] += grad_x[i] * (raw[i] - x_mean[ic]);
+      }
       Doubles y_mean(bias.size()), y_var(bias.size());
       const double each = double(N) * OH * OW;
       const auto channel = [&](size_t i) { return i / (size_t(OH) * size_t(OW)) % size_t(c.OC); };
@@ -315,6 +324,8 @@ void test_conv2d() {
                   if (back) a.y_norm = &y_norm;
                   Buffer<T> my(c.OC), vy(c.OC);
                   if (yl == Layout::lanes) a.mean = my, a.var = vy;
+                  Buffer<T> mx(x_mean), sg(c.IC), sgx(c.IC);
+                  if (norm && relu) a.x_mean = mx, a.x_sum_g = sg, a.x_sum_gx = sgx;
                   kernels<T>().conv2d_forward(a);
                   kernels<T>().conv2d_backward(a);
                   compare("y", out, ys, y);
@@ -323,6 +334,10 @@ void test_conv2d() {
                     compare("var", vy, y_var);
                   }
                   compare("grad_x", gx, xs, grad_x);
+                  if (a.x_sum_g) {
+                    compare("sum_g", sg, sum_g);
+                    compare("sum_gx", sgx, sum_gx);
+                  }
                   compare("grad_values", gv, grad_values);
                   compare("grad_bias", gb, grad_bias);
                 }
@@ -473,7 +488,7 @@ void test_norm() {
     for (int64_t C : {1, 6})
       for (int64_t P : {1, 9, 64})
         for (int mode = 0; mode < 12; ++mode) {
-          const bool relu = mode & 1, residual = mode & 2, input = mode / 4 == 1, more = mode / 4 == 2;
+          const bool relu = mode & 1, residual = mode & 2, input = mode / 4 == 1, more = mode / 4 == 2, own = more;
           const Shape s{N, C, P, Layout::lanes};
           const Doubles x = random_doubles(N * C * P), r = random_doubles(N * C * P),
                         grad_y = random_doubles(N * C * P), other = random_doubles(N * C * P);
@@ -486,7 +501,7 @@ void test_norm() {
           for (size_t i = 0; i < x.size(); ++i) {
             const size_t c = channel(i);
             var[c] += (x[i] - mean[c]) * (x[i] - mean[c]) / double(N * P);
-            y[i] = scale[c] * x[i] + shift[c] + (residual ? r[i] : 0);
+            y[i] = scale[c] * x[i] + shift[c] + (!residual ? 0 : own ? slope[c] * r[i] + centre[c] : r[i]);
             if (relu) y[i] = std::max(y[i], 0.0);
             // r stands for the result of the ReLU, or its input is what it was made of.
             const double gate = input ? scale[c] * x[i] + shift[c] : r[i];
@@ -502,6 +517,7 @@ void test_norm() {
             NormArgs<T> a{};
             a.N = N, a.C = C, a.P = P, a.x = in, a.relu = relu, a.scale = sb, a.shift = hb, a.threads = threads;
             a.y = out, a.mean = m, a.var = v, a.residual = residual ? rb.data : nullptr;
+            if (own) a.residual_scale = lb, a.residual_shift = cb;
             kernels<T>().norm_stats(a);
             kernels<T>().norm_apply(a);
             a.y = gx, a.mean = cb, a.grad_y = gy, a.slope = lb, a.sum_g = sg, a.sum_gx = sgx;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from sparsebreg import _extension, lanes, memory
@@ -28,7 +30,7 @@ def _array(t: torch.Tensor | None, layout: Layout = Layout.PLAIN):
 
 
 def _source(x: torch.Tensor | None, layout: Layout):
-    """The memory of a convolution's input, and (scale, shift, relu) where a batch norm of it was not computed yet.
+    """The memory of a convolution's input, and a batch norm of it that was not computed yet.
 
     The convolution applies it to what it copies anyway, so that the norm's result need not exist at all.
     """
@@ -36,7 +38,12 @@ def _source(x: torch.Tensor | None, layout: Layout):
     if waiting is None:
         return _array(x, layout), None
     norm, packed = waiting
-    return packed.numpy(), (norm.scale.numpy(), norm.shift.numpy(), norm.relu)
+    return packed.numpy(), norm
+
+
+def _factors(norm: Any):
+    """A batch norm as the kernels take it."""
+    return None if norm is None else (norm.scale.numpy(), norm.shift.numpy(), norm.relu)
 
 
 def _gradient(grad: torch.Tensor, layout: Layout):
@@ -112,7 +119,7 @@ class NativeBackend:
         if training and bias is None and layout is Layout.LANES and y.numel():
             moments = lanes.make_moments(y)
         self.C.conv2d_forward(
-            pattern.native_index(), x.shape[0], _geometry(pattern, geometry, x.shape), source, x_layout, norm,
+            pattern.native_index(), x.shape[0], _geometry(pattern, geometry, x.shape), source, x_layout, _factors(norm),
             _array(values), _array(bias), _array(y, layout), layout, moments, torch.get_num_threads(),
         )  # fmt: skip
         return y
@@ -125,10 +132,13 @@ class NativeBackend:
         grad_x = _result(tuple(x_shape), grad_y.dtype, x_layout) if needs[0] else None
         grad_values = torch.empty_like(values) if needs[1] else None
         grad_bias = torch.empty(pattern.rows, dtype=values.dtype) if needs[2] else None
+        sums = None
+        if grad_x is not None and norm is not None and norm.relu and grad_x.numel():
+            sums = lanes.make_sums(grad_x, norm)
         self.C.conv2d_backward(
             pattern.native_index(), x_shape[0], _geometry(pattern, geometry, x_shape), grad, layout, grad_norm,
-            source, x_layout, norm, _array(values), _array(grad_x, x_layout), _array(grad_values), _array(grad_bias),
-            torch.get_num_threads(),
+            source, x_layout, _factors(norm), sums, _array(values), _array(grad_x, x_layout), _array(grad_values),
+            _array(grad_bias), torch.get_num_threads(),
         )  # fmt: skip
         return grad_x, grad_values, grad_bias
 

@@ -22,6 +22,8 @@ from tabulate import tabulate
 import sparsebreg as sb
 from sparsebreg.errors import RunError, check_choice, check_int, check_real, expected
 from sparsebreg.experiments import plots, timing
+from sparsebreg.experiments.breakdown import PARTS as STEP_PARTS
+from sparsebreg.experiments.breakdown import REST, breakdown
 from sparsebreg.experiments.cases import FOREIGN, PARTS, Candidate, Case, candidates, derived, installed, work
 from sparsebreg.experiments.files import prepare_folder, write
 from sparsebreg.experiments.shapes import REPRESENTATIVE, SUITES
@@ -173,6 +175,7 @@ def measure(
     rounds = timing.interleave(steps, budget)
     times = derived(fastest(zip(ways, rounds.T, strict=True)))
     dense_format, dense = times.pop(("torch", None))
+    parts = _parts(case, ways, steps)
     results = []
     for (implementation, density), (variant, seconds) in times.items():
         ratio, median = timing.quartiles(dense / seconds), float(np.median(seconds))
@@ -193,11 +196,32 @@ def measure(
             "ratios": [ratio["median"]],
             **rates,
             "intensity": todo.useful and todo.useful / todo.bytes,
+            **({"parts_ms": parts[implementation, density]} if (implementation, density) in parts else {}),
         }
         for name, of, roof in (("of_gemm", "useful_gflops", "gemm_gflops"), ("of_copy", "gbs", "copy_gbs")):
             result[name] = result[of] / roofs[roof] if roofs and result[of] else None
         results.append(result)
     return results, notes
+
+
+def _parts(
+    case: Case, ways: Sequence[Candidate], steps: Sequence[Callable[[], Any]]
+) -> dict[tuple[str, float | None], dict[str, float]]:
+    """Where the time of a network's coarse and fine steps goes; a fine one is what a pair has more."""
+    if case.suite != "network":
+        return {}
+    profiled = {
+        (way.implementation, way.density): breakdown(step)
+        for way, step in zip(ways, steps, strict=True)
+        if way.implementation in ("coarse", "pair")
+    }
+    found = {}
+    for (name, density), parts in profiled.items():
+        if name == "coarse":
+            found[name, density] = parts
+            pair = profiled["pair", density]
+            found["fine", density] = {part: max(0.0, pair[part] - ms) for part, ms in parts.items()}
+    return found
 
 
 def key(result: Result) -> tuple[Any, ...]:
@@ -294,6 +318,23 @@ def break_even_table(evens: Sequence[Result]) -> str:
         groups.setdefault(where, {})[e["implementation"]] = text if e["relation"] == "=" else f"{e['relation']} {text}"
     rows = [(*where, *(found.get(n, "-") for n in names)) for where, found in groups.items()]
     return _rows(("layer", "part", "batch", "threads", *names), rows, 2)
+
+
+def parts_table(results: Sequence[Result]) -> str:
+    """Where the time of steps goes, in ms, as text; empty where that was not measured."""
+    rows = [
+        (
+            r["layer"],
+            r["implementation"],
+            str(r["batch"]),
+            str(r["threads"]),
+            _density(r["density"]),
+            *(_fixed(r["parts_ms"][part]) for part in (*STEP_PARTS, REST)),
+        )
+        for r in results
+        if "parts_ms" in r
+    ]
+    return _rows(("layer", "step", "batch", "threads", "density", *STEP_PARTS, REST), rows, 2) if rows else ""
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -495,6 +536,8 @@ def _report(content: dict[str, Any], old: dict[str, Any] | None, found: Comparis
     ]
     if content["break_even"]:
         parts += ["Sparse is faster than dense below this density:", break_even_table(content["break_even"])]
+    if steps := parts_table(content["results"]):
+        parts += ["Where the time of a step goes, in ms, under the profiler:", steps]
     parts += ["\n".join(f"- {note}" for note in content["notes"])] if content["notes"] else []
     if old is not None:
         parts.append("## Compared with before")

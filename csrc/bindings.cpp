@@ -572,6 +572,39 @@ void norm_grad(int64_t N, int64_t C, int64_t P, const py::array& grad_y, const B
   });
 }
 
+// y: (N, C, P), channels_last (N, P, C), of x, of its norm (scale, shift, relu), or of what the norm makes of a
+// gradient.
+void norm_unpack(int64_t N, int64_t C, int64_t P, const py::array& x, const MaybeNorm& norm, py::array y,
+                 bool channels_last, int threads) {
+  for_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    int64_t size;
+    NormArgs<T> a = norm_args<T>(N, C, P, x, &size, threads);
+    if (norm) {
+      a.scale = in<T>("scale", std::get<0>(*norm), C);
+      a.shift = in<T>("shift", std::get<1>(*norm), C);
+      a.relu = std::get<2>(*norm);
+    }
+    a.y = out<T>("y", y, elements("y", N, Layout::plain, {C, P}));
+    a.channels_last = channels_last;
+    py::gil_scoped_release nogil;
+    kernels_of<T>().norm_unpack(a);
+  });
+}
+
+void norm_grad_unpack(int64_t N, int64_t C, int64_t P, const py::array& grad_y, const BackNorm& norm, py::array grad_x,
+                      bool channels_last, int threads) {
+  for_dtype(grad_y, [&](auto zero) {
+    using T = decltype(zero);
+    int64_t size;
+    NormArgs<T> a = back_norm_args<T>(N, C, P, norm, grad_y, &size, threads);
+    a.y = out<T>("grad_x", grad_x, elements("grad_x", N, Layout::plain, {C, P}));
+    a.channels_last = channels_last;
+    py::gil_scoped_release nogil;
+    kernels_of<T>().norm_unpack(a);
+  });
+}
+
 template <class T>
 py::object index_of(const T* dense, int64_t rows, int64_t cols, const py::object& known, int64_t most, int threads) {
   const int t = team(threads, double(rows) * double(cols));
@@ -674,6 +707,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_apply", &norm_apply);
   m.def("norm_reduce", &norm_reduce);
   m.def("norm_grad", &norm_grad);
+  m.def("norm_unpack", &norm_unpack);
+  m.def("norm_grad_unpack", &norm_grad_unpack);
   m.def("transpose", &transpose);
   m.def("gather", &gather_values);
   m.def("scatter", &scatter_values);

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from sparsebreg import backends, memory
 from sparsebreg.backends import Geometry, Layout
 from sparsebreg.errors import check_input, expected
-from sparsebreg.lanes import LANES, LaneTensor
+from sparsebreg.lanes import LANES, LaneTensor, to_channels_last
 from sparsebreg.pattern import SparsePattern
 from sparsebreg.profiling import labelled
 
@@ -89,18 +89,20 @@ class _Conv2d(torch.autograd.Function):
         *needs, needs_weight = ctx.needs_input_grad[:4]
         pattern, geometry = ctx.pattern, ctx.geometry
         grad_y = _dense_format(_readable(grad_y, ctx.backend))
-        if needs_weight:
-            _plain(grad_y)  # torch wants it, so that nothing is gained by leaving it to the kernel
         _count(ctx.backend, needs[0] + needs[1], pattern, math.prod((len(grad_y), *grad_y.shape[2:])))
         grads = ctx.backend.conv2d_backward(pattern, grad_y, x, values, geometry, ctx.x_shape, needs)
         grad_weight = None
         if needs_weight:
+            if isinstance(grad_y, LaneTensor):  # in torch's faster format
+                x, grad_y = to_channels_last(x), to_channels_last(grad_y)
             shape = values.new_empty(1).expand(pattern.shape)  # only its sizes count
             stride, padding, dilation, groups = geometry
             _, grad_weight, _ = torch.ops.aten.convolution_backward(
                 _plain(grad_y), _plain(x), shape, None, stride, padding, dilation, False, (0, 0), groups,
                 (False, True, False),
             )  # fmt: skip
+            if not grad_weight.is_contiguous():
+                grad_weight = memory.empty(pattern.shape, values.dtype).copy_(grad_weight)
         return *grads, grad_weight, None, None, None, None, None
 
 

@@ -65,6 +65,10 @@ def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
     return plain
 
 
+def _memory_of(plain: torch.Tensor, channels_last: bool) -> Any:
+    return (plain.permute(0, 2, 3, 1) if channels_last else plain).numpy()
+
+
 class _Cell:
     """The storage that a lane tensor shares with its aliases.
 
@@ -94,6 +98,11 @@ class _Cell:
         if self.plain is None:
             self.plain = unpack(self.packed, self.n)
         return self.plain
+
+    def write_to(self, plain: torch.Tensor, sizes: tuple[int, int, int], channels_last: bool) -> None:
+        """Unpacks to a tensor of samples, channels and positions ``sizes``."""
+        out = _memory_of(plain, channels_last)
+        native().norm_unpack(*sizes, self.get_packed().numpy(), None, out, channels_last, torch.get_num_threads())
 
     def expose(self) -> torch.Tensor:
         plain = self.get_plain()
@@ -190,6 +199,15 @@ class _Normed(_Deferred):
             return self.scale.numpy(), self.shift.numpy()
         return self.get_packed().numpy()
 
+    def write_to(self, plain: torch.Tensor, sizes: tuple[int, int, int], channels_last: bool) -> None:
+        sources = self.sources  # read first: another thread may be done at any time
+        if self.summed or sizes != self.sizes or not self.waiting():
+            return super().write_to(plain, sizes, channels_last)
+        native().norm_unpack(
+            *sizes, sources[0].get_packed().numpy(), (self.scale.numpy(), self.shift.numpy(), self.relu),
+            _memory_of(plain, channels_last), channels_last, torch.get_num_threads(),
+        )  # fmt: skip
+
     def _like(self, sources, relu: bool, residual_norm) -> _Normed:
         return _Normed(sources, self.sizes, self.mean, self.scale, self.shift, relu, residual_norm)
 
@@ -253,6 +271,15 @@ class _NormGrad(_Deferred):
     def norm(self, x: _Cell) -> tuple:
         """As the kernels take it."""
         return x.get_packed().numpy(), self.gate, *(f.numpy() for f in self.factors)
+
+    def write_to(self, plain: torch.Tensor, sizes: tuple[int, int, int], channels_last: bool) -> None:
+        sources = self.sources  # read first: another thread may be done at any time
+        if sizes != self.sizes or not self.waiting():
+            return super().write_to(plain, sizes, channels_last)
+        native().norm_grad_unpack(
+            *sizes, sources[0].get_packed().numpy(), self.norm(sources[1]), _memory_of(plain, channels_last),
+            channels_last, torch.get_num_threads(),
+        )  # fmt: skip
 
     @labelled("norm_grad")
     def compute(self, sources: tuple[_Cell, ...]) -> torch.Tensor:
@@ -323,6 +350,23 @@ class LaneTensor(torch.Tensor):
 def wrap(packed: torch.Tensor, n: int) -> LaneTensor:
     """The lane tensor of n samples over (ceil(n / 16), ..., 16)."""
     return _alias(_Cell(packed, n), (n, *packed.shape[1:-1]), packed.dtype)
+
+
+@labelled("unpack")
+def to_channels_last(x: torch.Tensor) -> torch.Tensor:
+    """A copy of x (N, C, H, W) in torch's channels_last format, outside of autograd.
+
+    A batch norm that x waits for is applied on the way, and x goes on waiting.
+    """
+    if not isinstance(x, LaneTensor) or x._cell.exposed or not x.numel():
+        return _plain_of(x).contiguous(memory_format=torch.channels_last)
+    out = memory.empty(tuple(x.shape), x.dtype, torch.channels_last)
+    x._cell.write_to(out, _norm_sizes(x), True)
+    return out
+
+
+def _plain_of(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().plain if isinstance(x, LaneTensor) else x.detach()
 
 
 def make_moments(x: LaneTensor) -> tuple[Any, Any]:

@@ -179,6 +179,25 @@ CALLS = {
         arrays(x=norm, grad_y=norm, relu_scale=3, relu_shift=3, mean=3, scale=3, slope=3, shift=3, grad_x=norm),
         {"grad_x"},
     ),
+    "norm_unpack": (
+        lambda a, t: C.norm_unpack(5, 3, 4, a["x"], (a["scale"], a["shift"], True), a["y"], True, t),
+        arrays(x=norm, scale=3, shift=3, y=(5, 4, 3)),
+        {"y"},
+    ),
+    "norm_grad_unpack": (
+        lambda a, t: C.norm_grad_unpack(
+            5,
+            3,
+            4,
+            a["grad_y"],
+            (a["x"], (a["relu_scale"], a["relu_shift"]), a["mean"], a["scale"], a["slope"], a["shift"]),
+            a["grad_x"],
+            False,
+            t,
+        ),
+        arrays(x=norm, grad_y=norm, relu_scale=3, relu_shift=3, mean=3, scale=3, slope=3, shift=3, grad_x=(5, 3, 4)),
+        {"grad_x"},
+    ),
     "gather": (
         lambda a, t: C.gather(ix, a["dense"], a["values"], t),
         arrays(dense=(4, 6), values=linear.nnz),

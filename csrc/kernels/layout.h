@@ -33,6 +33,25 @@ void pack_rows(const T* src, ptrdiff_t image, int images, int64_t len, T* dst, p
   }
 }
 
+template <class T>
+SB_INLINE void store_or_stream(T* p, V<T> v, bool past_the_caches) {
+  if (CAN_STREAM && past_the_caches)
+    stream(p, v);
+  else
+    store(p, v);
+}
+
+// The first `count` of v[i] to dst + i * image, for i < live.
+template <class T>
+SB_INLINE void write_lanes(const V<T>* v, int live, int count, T* dst, ptrdiff_t image, bool past_the_caches) {
+  if (count == Vec<T>::n) {
+    for (int i = 0; i < live; ++i) store_or_stream(dst + i * image, v[i], past_the_caches);
+  } else {
+    for (int i = 0; i < live; ++i)
+      for (int k = 0; k < count; ++k) dst[i * image + k] = v[i][k];
+  }
+}
+
 // dst[lane*image + p] = src[p*src_step + lane] for p < len, lane < images.
 template <class T>
 void unpack_rows(const T* src, ptrdiff_t src_step, int64_t len, T* dst, ptrdiff_t image, int images) {

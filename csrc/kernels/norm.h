@@ -91,14 +91,6 @@ SB_INLINE V<T> rectified(V<T> v) {
   return v < zero<T>() ? zero<T>() : v;  // NaN stays
 }
 
-template <class T>
-SB_INLINE void store_or_stream(T* p, V<T> v, bool past_the_caches) {
-  if (CAN_STREAM && past_the_caches)
-    stream(p, v);
-  else
-    store(p, v);
-}
-
 // What is added to a norm's result: nothing, a tensor, or a tensor's own norm.
 enum class Residual { none, plain, normed };
 
@@ -329,5 +321,80 @@ void norm_grad_lanes(const NormArgs<T>& a, int64_t t, int64_t at, int images, in
       return norm_grad_lanes_as<T, Gate::result>(a, t, at, images, len, dst);
     case Gate::input:
       return norm_grad_lanes_as<T, Gate::input>(a, t, at, images, len, dst);
+  }
+}
+
+// A plane as it is, or what a norm, with a ReLU behind it or not, makes of it.
+template <class T, bool NORM>
+struct Applied {
+  const T* x;
+  V<T> scale, shift;
+  bool relu;
+
+  SB_INLINE Applied(const NormArgs<T>& a, int64_t t) : x(a.x + t * a.P * LANES), relu(a.relu) {
+    scale = splat<T>(NORM ? a.scale[t % a.C] : T(1));
+    shift = splat<T>(NORM ? a.shift[t % a.C] : T(0));
+  }
+
+  SB_INLINE V<T> operator()(int64_t i) const {
+    if (!NORM) return load(x + i);
+    const V<T> v = normed<T>(load(x + i), scale, shift);
+    return relu ? rectified<T>(v) : v;
+  }
+};
+
+// y in a plain format. PLANE(a, t)(i) gives what is to be written from element i of plane t on.
+template <class T, class PLANE>
+void norm_unpack_as(const NormArgs<T>& a) {
+  constexpr int n = Vec<T>::n;
+  const int64_t blocks = div_up(a.N, LANES), image = a.C * a.P;
+  const int64_t pieces = a.channels_last ? div_up(a.C, n) : a.C;
+  const bool past_the_caches = (a.channels_last ? a.C : a.P) % n == 0 && should_stream(a.y, a.N * image * sizeof(T));
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < blocks * pieces; ++task) {
+      const int64_t nb = task / pieces, piece = task % pieces;
+      const int images = int(least<int64_t>(LANES, a.N - nb * LANES));
+      T* out = a.y + nb * LANES * image;
+      V<T> v[n];
+      if (a.channels_last) {
+        // A register's worth of channels at a time: as many streams as there are lanes, read from end to end.
+        const int64_t c = piece * n;
+        const int count = int(least<int64_t>(n, a.C - c));
+        for (int part = 0; part < images; part += n)
+          for (int64_t p = 0; p < a.P; ++p) {
+            for (int k = 0; k < n; ++k) v[k] = PLANE(a, nb * a.C + c + least(k, count - 1))(p * LANES + part);
+            transpose<T>(v);
+            write_lanes<T>(v, least(n, images - part), count, out + part * image + p * a.C + c, image, past_the_caches);
+          }
+      } else {
+        const PLANE plane(a, nb * a.C + piece);
+        for (int part = 0; part < images; part += n)
+          for (int64_t p = 0; p < a.P; p += n) {
+            const int count = int(least<int64_t>(n, a.P - p));
+            for (int k = 0; k < n; ++k) v[k] = plane((p + least(k, count - 1)) * LANES + part);
+            transpose<T>(v);
+            write_lanes<T>(v, least(n, images - part), count, out + part * image + piece * a.P + p, image,
+                           past_the_caches);
+          }
+      }
+    }
+    stream_fence();
+  }
+}
+
+// Unpacks x, what a norm makes of it where there is a scale, or the norm's gradient where there is a grad_y.
+template <class T>
+void norm_unpack(const NormArgs<T>& a) {
+  if (!a.scale) return norm_unpack_as<T, Applied<T, false>>(a);
+  if (!a.grad_y) return norm_unpack_as<T, Applied<T, true>>(a);
+  switch (gate_of(a)) {
+    case Gate::open:
+      return norm_unpack_as<T, NormGrad<T, Gate::open>>(a);
+    case Gate::result:
+      return norm_unpack_as<T, NormGrad<T, Gate::result>>(a);
+    case Gate::input:
+      return norm_unpack_as<T, NormGrad<T, Gate::input>>(a);
   }
 }

@@ -150,6 +150,7 @@ struct NormArgs {
   const T* slope;
   T* sum_g;
   T* sum_gx;
+  bool channels_last;  // what norm_unpack writes to y: (N, P, C) instead of (N, C, P)
   int threads;
 };
 
@@ -169,6 +170,7 @@ struct Kernels {
   void (*norm_apply)(const NormArgs<T>&);
   void (*norm_reduce)(const NormArgs<T>&);
   void (*norm_grad)(const NormArgs<T>&);
+  void (*norm_unpack)(const NormArgs<T>&);
 };
 
 struct Table {

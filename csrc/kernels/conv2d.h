@@ -132,6 +132,9 @@ SB_INLINE int choose_chunks(double nnz_per_row, int channels, double bytes_per_c
   return most(1, least(chunks, channels));
 }
 
+// So many nonzeros are placed by all threads, fewer by one.
+constexpr int64_t MANY = 4000;
+
 // The nonzeros as a stencil: for destination channel d and source chunk h, entries
 // [ptr[d*chunks + h], ptr[d*chunks + h + 1]) of offset.
 struct Stencil {
@@ -227,6 +230,7 @@ ConvShape<T> forward_shape(const ConvArgs<T>& a, int64_t out_bytes, bool overhan
   const int chunks = least(max_chunks, choose_chunks(double(ix.nnz) / double(most<int64_t>(1, ix.rows)), ICg, window));
   s.stencil.chunks = chunks;
   const int per_chunk = int(div_up(ICg, chunks)) * KK;
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1 && ix.nnz > MANY) schedule(static)
   for (int64_t r = 0; r < ix.rows; ++r) {
     int32_t k = ix.rowptr[r];
     const int32_t end = ix.rowptr[r + 1];
@@ -451,12 +455,12 @@ void place_nonzeros(const ConvArgs<T>& a, int rows, T* value, BackShape<T>& s) {
   s.chunks = least(int(per_row / 2) + 1, choose_chunks(per_row, OCg, window));
   const int per_chunk = int(div_up(OCg, s.chunks));
   const int64_t keys = lists * s.chunks, taps = int64_t(ICg) * KK;
-  int32_t* key_of_col = scratch<int32_t>(slot_more_plan, 2 * taps + ix.nnz + keys + 2);
+  int32_t* key_of_col = scratch<int32_t>(slot_more_plan, 2 * taps + ix.nnz + 2 * keys + 1);
   int32_t* shift_of_col = key_of_col + taps;
   s.offset = shift_of_col + taps;
-  s.ptr = s.offset + ix.nnz;  // filled one place ahead, so that placing leaves the starts behind
+  s.ptr = s.offset + ix.nnz;
+  int32_t* next = s.ptr + keys + 1;
   s.value = value;
-  for (int64_t i = 0; i < keys + 2; ++i) s.ptr[i] = 0;
   for (int c = 0, j = 0; c < ICg; ++c)
     for (int ky = 0; ky < a.KH; ++ky)
       for (int kx = 0; kx < a.KW; ++kx, ++j) {
@@ -464,23 +468,40 @@ void place_nonzeros(const ConvArgs<T>& a, int rows, T* value, BackShape<T>& s) {
         key_of_col[j] = int32_t((int64_t(c) * s.phases + y.phase * a.SW + x.phase) * s.chunks);
         shift_of_col[j] = int32_t((int64_t(y.shift + s.up) * b.CB + x.shift + s.left) * LANES);
       }
-  // Counting sort; inside a list, rows ascend.
   const auto key_of_row = [&](int64_t r) {
     const int64_t g = r / OCg;
     return int32_t(g * ICg * s.phases * s.chunks + (r - g * OCg) / per_chunk);
   };
-  for (int64_t r = 0; r < ix.rows; ++r)
-    for (int32_t k = ix.rowptr[r], base = key_of_row(r); k < ix.rowptr[r + 1]; ++k)
-      ++s.ptr[base + key_of_col[ix.col[k]] + 2];
-  for (int64_t i = 2; i < keys + 2; ++i) s.ptr[i] += s.ptr[i - 1];
-  for (int64_t r = 0; r < ix.rows; ++r) {
-    const int32_t base = key_of_row(r), src = int32_t(r * b.channel);
-    for (int32_t k = ix.rowptr[r]; k < ix.rowptr[r + 1]; ++k) {
-      const int32_t j = ix.col[k], at = s.ptr[base + key_of_col[j] + 1]++;
-      s.offset[at] = src + shift_of_col[j];
-      s.value[at] = a.values[k];
+  // A counting sort; inside a list, rows ascend. Parts of the input channels, which are parts of every row's nonzeros,
+  // are sorted independently.
+  const int parts = a.G == 1 && ix.nnz > MANY ? least(a.threads, a.IC) : 1;
+#pragma omp parallel for num_threads(a.threads) if (parts > 1) schedule(static)
+  for (int part = 0; part < parts; ++part) {
+    const int64_t c0 = int64_t(ICg) * part / parts, c1 = int64_t(ICg) * (part + 1) / parts;
+    const int32_t col0 = int32_t(c0 * KK), col1 = int32_t(c1 * KK);
+    const int64_t k0 = parts > 1 ? c0 * s.phases * s.chunks : 0, k1 = parts > 1 ? c1 * s.phases * s.chunks : keys;
+    for (int64_t i = k0; i < k1; ++i) next[i] = 0;
+    for (int64_t r = 0; r < ix.rows; ++r) {
+      const int32_t base = key_of_row(r), end = ix.rowptr[r + 1];
+      for (int32_t k = first_from(ix.col, ix.rowptr[r], end, col0); k < end && ix.col[k] < col1; ++k)
+        ++next[base + key_of_col[ix.col[k]]];
+    }
+    int32_t start = ix.colptr[col0];
+    for (int64_t i = k0; i < k1; ++i) {
+      s.ptr[i] = start;
+      start += next[i];
+      next[i] = s.ptr[i];
+    }
+    for (int64_t r = 0; r < ix.rows; ++r) {
+      const int32_t base = key_of_row(r), src = int32_t(r * b.channel), end = ix.rowptr[r + 1];
+      for (int32_t k = first_from(ix.col, ix.rowptr[r], end, col0); k < end && ix.col[k] < col1; ++k) {
+        const int32_t j = ix.col[k], at = next[base + key_of_col[j]]++;
+        s.offset[at] = src + shift_of_col[j];
+        s.value[at] = a.values[k];
+      }
     }
   }
+  s.ptr[keys] = int32_t(ix.nnz);
 }
 
 // grad_x[n][ic][iy][ix] = sum over active (oc, ky, kx) with iy + PH - ky*DH = oy*SH, ... of value *

@@ -10,6 +10,18 @@ SB_INLINE I most(I a, I b) {
   return a < b ? b : a;
 }
 
+// The first of the ascending col[k..end) that is not below `bound`.
+SB_INLINE int32_t first_from(const int32_t* col, int32_t k, int32_t end, int64_t bound) {
+  while (k < end) {
+    const int32_t mid = k + (end - k) / 2;
+    if (col[mid] < bound)
+      k = mid + 1;
+    else
+      end = mid;
+  }
+  return k;
+}
+
 // dst[p*dst_step + lane] = src[lane*image + p] for p < len, lane < images; the other lanes are zero.
 template <class T>
 void pack_rows(const T* src, ptrdiff_t image, int images, int64_t len, T* dst, ptrdiff_t dst_step) {

@@ -132,13 +132,7 @@ void split_rows(const LinearPass<T>& p, int64_t d0, int64_t d1) {
   for (int64_t d = d0; d < d1; ++d) {
     int32_t k = p.ptr[d];
     for (int h = 0; h < p.chunks; ++h) {
-      for (int32_t end = p.ptr[d + 1]; k < end;) {  // the indices of a destination ascend
-        const int32_t middle = k + (end - k) / 2;
-        if (p.index[middle] < h * per_chunk)
-          k = middle + 1;
-        else
-          end = middle;
-      }
+      k = first_from(p.index, k, p.ptr[d + 1], h * per_chunk);
       p.split[d * p.chunks + h] = k;
     }
   }

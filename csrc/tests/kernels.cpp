@@ -232,6 +232,7 @@ void test_conv2d() {
       {3, 4, 4, 4, 2, 2, 1, 1, 3, 3, 1, 1, 1, .5},    {4, 1, 1, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1, .5},
       {3, 5, 5, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},     {3, 5, 5, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1},
       {64, 6, 6, 24, 3, 3, 1, 1, 1, 1, 1, 1, 1, .1},   // sums of a row in several passes
+      {32, 4, 4, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, .4},   // nonzeros sorted by several threads
       {16, 64, 64, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, .1}  // several bands; results written past the caches
   };
   for (const auto& c : cases) {

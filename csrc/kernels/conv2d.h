@@ -395,11 +395,11 @@ SB_INLINE Tap tap_of(int k, int S, int D, int P) {
   return {phase, (phase - d) / S};
 }
 
+constexpr int NO_PHASES[] = {0};  // of a source that is read without strides
+
 // The plan of the backward pass for grad_y: a band of it serves destination rows of grad_x (of one of SH * SW phases; a
 // nonzero belongs to exactly one) and the same rows of y. The nonzeros lie by input channel, phase and chunk of output
 // channels.
-constexpr int NO_PHASES[] = {0};
-
 template <class T>
 struct BackShape {
   Tile tile;

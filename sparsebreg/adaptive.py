@@ -156,6 +156,15 @@ class LambdaScheduler:
         lams = [self.optimizer.param_groups[i]["reg"].lam for i, _ in self._places]
         return lams if self.per_layer else lams[0]
 
+    @property
+    def gap(self) -> float | None:
+        """The sparsity as last measured minus the target at this point of the ramp, over all layers; None before."""
+        if self.sparsity is None:
+            return None
+        goals = self.goals()
+        sizes = self._sizes if self.per_layer else [1]
+        return self.sparsity - sum(g * n for g, n in zip(goals, sizes, strict=True)) / max(1, sum(sizes))
+
     def goals(self) -> list[float]:
         """The target at this point of the ramp: one, or with ``per_layer`` one per layer."""
         if self.ramp is None:

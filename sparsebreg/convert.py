@@ -436,3 +436,12 @@ def iter_weights(model: nn.Module) -> Iterator[tuple[str, int, int]]:
             yield name, module.pattern.nnz, math.prod(module.pattern.shape)
         elif isinstance(module, REGULARISED):
             yield name, int(module.weight.detach().count_nonzero()), module.weight.numel()
+
+
+def iter_masks(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, mask of the active weights) of every linear and convolution layer, sparse or dense."""
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLayer):
+            yield name, module.pattern.mask()
+        elif isinstance(module, REGULARISED):
+            yield name, module.weight.detach() != 0

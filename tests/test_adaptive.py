@@ -92,6 +92,7 @@ def test_per_layer(coarse_steps, one_thread):
     model, optimizer, *rest = make("linbreg", 0.3, coarse_steps, target_sparsity=0.85, per_layer=True)
     run(model, optimizer, *rest, 900)
     assert all(abs(s - 0.85) < 0.02 for s in sparsities(model))
+    assert abs(rest[-1].gap) < 0.02
     lams = rest[-1].lam
     assert len(lams) == 2
     assert lams[0] != lams[1]
@@ -107,11 +108,17 @@ def test_targets_by_layer(one_thread):
 
 
 def test_ramp_to_targets_by_layer():
-    *_, scheduler = make(coarse_steps=3, per_layer={"0": 0.5}, target_sparsity=0.9, ramp="linear", ramp_steps=10)
+    model, *_, scheduler = make(coarse_steps=3, per_layer={"0": 0.5}, target_sparsity=0.9, ramp="linear", ramp_steps=10)
     start = scheduler.goals()
     for _ in range(5):
         scheduler.step()
-    assert scheduler.goals() == pytest.approx([(s + t) / 2 for s, t in zip(start, (0.5, 0.9), strict=True)])
+    goals = scheduler.goals()
+    assert goals == pytest.approx([(s + t) / 2 for s, t in zip(start, (0.5, 0.9), strict=True)])
+    sizes = [model[i].weight.numel() for i in (0, 2)]
+    assert sizes[0] != sizes[1]
+    wanted = sum(g * n for g, n in zip(goals, sizes, strict=True)) / sum(sizes)
+    scheduler.sparsity = 0.75
+    assert scheduler.gap == pytest.approx(0.75 - wanted)
 
 
 def test_the_law():
@@ -189,6 +196,7 @@ def test_ramp(ramp, shape):
     start = sparsity(model)
     for k in range(12):
         assert scheduler.goals() == [pytest.approx(start + (0.5 - start) * shape(min(1, k / 8)))]
+        assert scheduler.gap == (None if scheduler.sparsity is None else scheduler.sparsity - scheduler.goals()[0])
         run(model, optimizer, cycle, scheduler, 1, k)
 
 

@@ -306,6 +306,15 @@ def test_history_and_steps(tmp_path):
     sizes = {"1": 64 * 1024, "3": 1024 * 1024, "5": 1024 * 10}
     density = sum(float(last[f"density.{n}"]) * size for n, size in sizes.items()) / sum(sizes.values())
     assert density == pytest.approx(result["density"])
+    with open(out / "history.csv", newline="") as file:
+        first = next(csv.DictReader(file))
+    changes = 0
+    for n, size in sizes.items():
+        before, after = (round(float(row[f"density.{n}"]) * size) for row in (first, last))
+        assert after - before == int(last[f"woke.{n}"]) - int(last[f"died.{n}"])
+        changes += int(last[f"woke.{n}"]) + int(last[f"died.{n}"])
+    assert changes == int(last["woke"]) + int(last["died"]) > 0
+    assert last["gap"] == ""  # no target
     assert float(last["train_loss"]) == pytest.approx(
         sum(l * n for l, n in zip(loss[12:], [128] * 11 + [30], strict=True)) / 1438, rel=1e-5
     )
@@ -318,9 +327,12 @@ def test_target_sparsity(tmp_path, capsys):
     for value, message in ((1.5, "a number below 1"), (0, "a finite number above 0")):
         assert main(*words[:-3], value, *words[-2:]) == 1
         assert f"target_sparsity: expected {message}" in capsys.readouterr().err
-    assert main(*words) == 0
+    assert main(*words, "--coarse-steps", 3) == 0
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["lam"]
+    with open(tmp_path / "run" / "history.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["gap"]) == pytest.approx(saved["lam"]["sparsity"] - 0.9)
 
 
 def test_info_as_a_module():

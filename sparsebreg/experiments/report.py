@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 import sys
 import zipfile
@@ -139,6 +140,11 @@ def _power(exponent: int) -> str:
     return "10" + str(exponent).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
+def _entry(row: dict[str, Any], key: str) -> float:
+    """Of a row of history.csv: a number, or NaN where it has none."""
+    return float(row[key]) if row.get(key) not in (None, "") else math.nan
+
+
 def _breakdown(runs: list[Run]) -> dict[str, float]:
     """Mean seconds of a run by what they were spent on (see ``plots.PARTS``); "data" where all runs know it."""
     keys = {"fine steps": "fine", "coarse steps": "coarse", "evaluation": "evaluation", "checkpoints": "checkpoint"}
@@ -202,6 +208,19 @@ def _task(number: int, runs: list[Run], compared: dict[Path, str]) -> dict[str, 
         ("Where the time went",
          plots.breakdown(f"parts{number}", times)),
     ]  # fmt: skip
+    for title, key, label, log in (
+        ("λ", "lam", "λ", True),
+        ("Sparsity minus its target", "gap", "sparsity - target", False),
+        ("Weights that woke", "woke", "weights in an epoch", False),
+        ("Weights that died", "died", "weights in an epoch", False),
+    ):
+        rows_of = [r for seeds in histories.values() for rows_ in seeds for r in rows_]
+        if any(_entry(r, key) for r in rows_of if r.get(key)):
+            drawn = plots.lines(
+                f"{key}{number}", histories, lambda r: float(r["epoch"]), lambda r, key=key: _entry(r, key),
+                xlabel="epoch", ylabel=label, log=log,
+            )  # fmt: skip
+            figures.append((title, drawn))
     for i, (label, group) in enumerate(groups.items()):
         first = group[0]
         seed = f", seed {first.result['seed']}"

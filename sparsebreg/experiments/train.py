@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 import sparsebreg as sb
 from sparsebreg import flops
-from sparsebreg.convert import iter_weights
+from sparsebreg.convert import iter_masks, iter_weights
 from sparsebreg.errors import RunError, expected
 from sparsebreg.experiments import checkpoint
 from sparsebreg.experiments import data as datasets
@@ -107,6 +107,8 @@ class Run:
         self.flops_done = self.flops_sgd = self.loss_sum = 0.0
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
+        #: Which weights were active at the end of the last epoch, by layer.
+        self.active = dict(iter_masks(self.model))
         #: Of every step so far: number in PHASES, seconds, loss.
         self.phases: list[int] = []
         self.seconds: list[float] = []
@@ -177,6 +179,9 @@ class Run:
         accuracy = self.accuracy(split)
         self.aside["evaluation"] += time.perf_counter() - begin
         counts = list(iter_weights(self.model))
+        before, self.active = self.active, dict(iter_masks(self.model))
+        woke = {n: int((mask & ~before[n]).sum()) for n, mask in self.active.items()}
+        died = {n: int((before[n] & ~mask).sum()) for n, mask in self.active.items()}
         self.epoch += 1
         self.history.append(
             {
@@ -186,11 +191,16 @@ class Run:
                 f"{kind}_accuracy": accuracy,
                 "density": sum(a for _, a, _ in counts) / sum(t for _, _, t in counts),
                 "lam": self.present_lam(),
+                "gap": self.lam.gap if self.lam is not None else None,
+                "woke": sum(woke.values()),
+                "died": sum(died.values()),
                 "train_seconds": sum(self.seconds),
                 "evaluation_seconds": self.aside["evaluation"],
                 "flops": self.flops_done,
                 "flops_fraction_of_sgd": self.flops_done / self.flops_sgd,
                 **{f"density.{n}": a / t for n, a, t in counts},
+                **{f"woke.{n}": count for n, count in woke.items()},
+                **{f"died.{n}": count for n, count in died.items()},
             }
         )
         self.loss_sum = 0.0
@@ -209,6 +219,7 @@ class Run:
             "data": data_facts(self.data),
             "epoch": self.epoch,
             "history": self.history,
+            "active": {n: torch.from_numpy(np.packbits(mask.numpy())) for n, mask in self.active.items()},
             "phases": torch.tensor(self.phases, dtype=torch.uint8),
             "seconds": torch.tensor(self.seconds, dtype=torch.float64),
             "losses": torch.tensor(self.losses, dtype=torch.float64),
@@ -232,6 +243,9 @@ class Run:
             setattr(self, name, state[name])
         for name in ("phases", "seconds", "losses"):
             setattr(self, name, state[name].tolist())
+        for name, mask in self.active.items():
+            bits = np.unpackbits(state["active"][name].numpy(), count=mask.numel())
+            self.active[name] = torch.from_numpy(bits).bool().view(mask.shape)
         self.flops_done, self.flops_sgd, dense, sparse = state["flops"]
         self.step_flops = flops.StepFlops(dense, sparse)
         torch.set_rng_state(state["rng"])

@@ -91,19 +91,29 @@ class _Conv2d(torch.autograd.Function):
         grad_y = _dense_format(_readable(grad_y, ctx.backend))
         _count(ctx.backend, needs[0] + needs[1], pattern, math.prod((len(grad_y), *grad_y.shape[2:])))
         grads = ctx.backend.conv2d_backward(pattern, grad_y, x, values, geometry, ctx.x_shape, needs)
-        grad_weight = None
-        if needs_weight:
-            if isinstance(grad_y, LaneTensor):  # in torch's faster format
-                x, grad_y = to_channels_last(x), to_channels_last(grad_y)
-            shape = values.new_empty(1).expand(pattern.shape)  # only its sizes count
-            stride, padding, dilation, groups = geometry
-            _, grad_weight, _ = torch.ops.aten.convolution_backward(
-                _plain(grad_y), _plain(x), shape, None, stride, padding, dilation, False, (0, 0), groups,
-                (False, True, False),
-            )  # fmt: skip
-            if not grad_weight.is_contiguous():
-                grad_weight = memory.empty(pattern.shape, values.dtype).copy_(grad_weight)
+        grad_weight = _full_gradient(grad_y, x, pattern.shape, geometry) if needs_weight else None
         return *grads, grad_weight, None, None, None, None, None
+
+
+def _full_gradient(grad_y: torch.Tensor, x: torch.Tensor, shape: tuple[int, ...], geometry: Geometry) -> torch.Tensor:
+    """The gradient of a convolution's dense weight of that shape."""
+    stride, padding, dilation, groups = geometry
+    if not isinstance(grad_y, LaneTensor):
+        x = _plain(x)
+    elif shape[2:] == (1, 1) and groups == 1 and padding == (0, 0):
+        # oneDNN writes out of bounds for strided 1x1 kernels in the channels_last format (torch 2.13, 8 channels).
+        x = to_channels_last(x)[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).reshape(-1, shape[1])
+        grad = to_channels_last(grad_y).permute(0, 2, 3, 1).reshape(-1, shape[0])
+        return torch.mm(grad.t(), x, out=memory.empty(shape[:2], grad.dtype)).view(shape)
+    elif shape[2:] == (1, 1):
+        x, grad_y = _plain(x), grad_y.plain
+    else:  # torch's faster format
+        x, grad_y = to_channels_last(x), to_channels_last(grad_y)
+    weight = x.new_empty(1).expand(shape)  # only its sizes count
+    _, grad, _ = torch.ops.aten.convolution_backward(
+        grad_y, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (False, True, False)
+    )
+    return grad if grad.is_contiguous() else memory.empty(shape, grad.dtype).copy_(grad)
 
 
 def _dense_format(x: torch.Tensor) -> torch.Tensor:

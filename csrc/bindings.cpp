@@ -560,22 +560,21 @@ void norm_reduce(int64_t N, int64_t C, int64_t P, const py::array& x, const py::
   });
 }
 
+// What a norm makes of the gradient of its result; in the lane layout, or (N, P, C) with channels_last.
 void norm_grad(int64_t N, int64_t C, int64_t P, const py::array& grad_y, const BackNorm& norm, py::array grad_x,
-               int threads) {
+               bool channels_last, int threads) {
   for_dtype(grad_y, [&](auto zero) {
     using T = decltype(zero);
     int64_t size;
     NormArgs<T> a = back_norm_args<T>(N, C, P, norm, grad_y, &size, threads);
-    a.y = out<T>("grad_x", grad_x, size);
+    a.y = out<T>("grad_x", grad_x, channels_last ? elements("grad_x", N, Layout::plain, {C, P}) : size);
     py::gil_scoped_release nogil;
-    kernels_of<T>().norm_grad(a);
+    (channels_last ? kernels_of<T>().norm_unpack : kernels_of<T>().norm_grad)(a);
   });
 }
 
-// y: (N, C, P), channels_last (N, P, C), of x, of its norm (scale, shift, relu), or of what the norm makes of a
-// gradient.
-void norm_unpack(int64_t N, int64_t C, int64_t P, const py::array& x, const MaybeNorm& norm, py::array y,
-                 bool channels_last, int threads) {
+// y (N, P, C) of x, or of its norm.
+void norm_unpack(int64_t N, int64_t C, int64_t P, const py::array& x, const MaybeNorm& norm, py::array y, int threads) {
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     int64_t size;
@@ -586,20 +585,6 @@ void norm_unpack(int64_t N, int64_t C, int64_t P, const py::array& x, const Mayb
       a.relu = std::get<2>(*norm);
     }
     a.y = out<T>("y", y, elements("y", N, Layout::plain, {C, P}));
-    a.channels_last = channels_last;
-    py::gil_scoped_release nogil;
-    kernels_of<T>().norm_unpack(a);
-  });
-}
-
-void norm_grad_unpack(int64_t N, int64_t C, int64_t P, const py::array& grad_y, const BackNorm& norm, py::array grad_x,
-                      bool channels_last, int threads) {
-  for_dtype(grad_y, [&](auto zero) {
-    using T = decltype(zero);
-    int64_t size;
-    NormArgs<T> a = back_norm_args<T>(N, C, P, norm, grad_y, &size, threads);
-    a.y = out<T>("grad_x", grad_x, elements("grad_x", N, Layout::plain, {C, P}));
-    a.channels_last = channels_last;
     py::gil_scoped_release nogil;
     kernels_of<T>().norm_unpack(a);
   });
@@ -708,7 +693,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_reduce", &norm_reduce);
   m.def("norm_grad", &norm_grad);
   m.def("norm_unpack", &norm_unpack);
-  m.def("norm_grad_unpack", &norm_grad_unpack);
   m.def("transpose", &transpose);
   m.def("gather", &gather_values);
   m.def("scatter", &scatter_values);

@@ -65,10 +65,6 @@ def unpack(packed: torch.Tensor, n: int) -> torch.Tensor:
     return plain
 
 
-def _memory_of(plain: torch.Tensor, channels_last: bool) -> Any:
-    return (plain.permute(0, 2, 3, 1) if channels_last else plain).numpy()
-
-
 class _Cell:
     """The storage that a lane tensor shares with its aliases.
 
@@ -99,10 +95,9 @@ class _Cell:
             self.plain = unpack(self.packed, self.n)
         return self.plain
 
-    def write_to(self, plain: torch.Tensor, sizes: tuple[int, int, int], channels_last: bool) -> None:
-        """Unpacks to a tensor of samples, channels and positions ``sizes``."""
-        out = _memory_of(plain, channels_last)
-        native().norm_unpack(*sizes, self.get_packed().numpy(), None, out, channels_last, torch.get_num_threads())
+    def unpack_to(self, out: Any, sizes: tuple[int, int, int]) -> None:
+        """Unpacks to an array (samples, ..., channels) with samples, channels and positions ``sizes``."""
+        native().norm_unpack(*sizes, self.get_packed().numpy(), None, out, torch.get_num_threads())
 
     def expose(self) -> torch.Tensor:
         plain = self.get_plain()
@@ -199,17 +194,18 @@ class _Normed(_Deferred):
             return self.scale.numpy(), self.shift.numpy()
         return self.get_packed().numpy()
 
-    def write_to(self, plain: torch.Tensor, sizes: tuple[int, int, int], channels_last: bool) -> None:
+    def unpack_to(self, out: Any, sizes: tuple[int, int, int]) -> None:
         sources = self.sources  # read first: another thread may be done at any time
         if self.summed or sizes != self.sizes or not self.waiting():
-            return super().write_to(plain, sizes, channels_last)
-        native().norm_unpack(
-            *sizes, sources[0].get_packed().numpy(), (self.scale.numpy(), self.shift.numpy(), self.relu),
-            _memory_of(plain, channels_last), channels_last, torch.get_num_threads(),
-        )  # fmt: skip
+            return super().unpack_to(out, sizes)
+        native().norm_unpack(*sizes, sources[0].get_packed().numpy(), self.factors(), out, torch.get_num_threads())
 
     def _like(self, sources, relu: bool, residual_norm) -> _Normed:
         return _Normed(sources, self.sizes, self.mean, self.scale, self.shift, relu, residual_norm)
+
+    def factors(self) -> tuple:
+        """As the kernels take it."""
+        return self.scale.numpy(), self.shift.numpy(), self.relu
 
     def plus(self, residual: _Cell) -> _Normed:
         own = None
@@ -272,20 +268,21 @@ class _NormGrad(_Deferred):
         """As the kernels take it."""
         return x.get_packed().numpy(), self.gate, *(f.numpy() for f in self.factors)
 
-    def write_to(self, plain: torch.Tensor, sizes: tuple[int, int, int], channels_last: bool) -> None:
+    def unpack_to(self, out: Any, sizes: tuple[int, int, int]) -> None:
         sources = self.sources  # read first: another thread may be done at any time
         if sizes != self.sizes or not self.waiting():
-            return super().write_to(plain, sizes, channels_last)
-        native().norm_grad_unpack(
-            *sizes, sources[0].get_packed().numpy(), self.norm(sources[1]), _memory_of(plain, channels_last),
-            channels_last, torch.get_num_threads(),
-        )  # fmt: skip
+            return super().unpack_to(out, sizes)
+        native().norm_grad(
+            *sizes, sources[0].get_packed().numpy(), self.norm(sources[1]), out, True, torch.get_num_threads()
+        )
 
     @labelled("norm_grad")
     def compute(self, sources: tuple[_Cell, ...]) -> torch.Tensor:
         grad, x = sources
         out = memory.empty(tuple(x.get_packed().shape), x.get_packed().dtype)
-        native().norm_grad(*self.sizes, grad.get_packed().numpy(), self.norm(x), out.numpy(), torch.get_num_threads())
+        native().norm_grad(
+            *self.sizes, grad.get_packed().numpy(), self.norm(x), out.numpy(), False, torch.get_num_threads()
+        )
         return out
 
 
@@ -358,15 +355,12 @@ def to_channels_last(x: torch.Tensor) -> torch.Tensor:
 
     A batch norm that x waits for is applied on the way, and x goes on waiting.
     """
+    x = x.detach()
     if not isinstance(x, LaneTensor) or x._cell.exposed or not x.numel():
-        return _plain_of(x).contiguous(memory_format=torch.channels_last)
+        return (x.plain if isinstance(x, LaneTensor) else x).contiguous(memory_format=torch.channels_last)
     out = memory.empty(tuple(x.shape), x.dtype, torch.channels_last)
-    x._cell.write_to(out, _norm_sizes(x), True)
+    x._cell.unpack_to(out.permute(0, 2, 3, 1).numpy(), _norm_sizes(x))
     return out
-
-
-def _plain_of(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().plain if isinstance(x, LaneTensor) else x.detach()
 
 
 def make_moments(x: LaneTensor) -> tuple[Any, Any]:

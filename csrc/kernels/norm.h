@@ -343,42 +343,27 @@ struct Applied {
   }
 };
 
-// y in a plain format. PLANE(a, t)(i) gives what is to be written from element i of plane t on.
+// y in the channels_last format. PLANE(a, t)(i) gives what is to be written from element i of plane t on.
 template <class T, class PLANE>
 void norm_unpack_as(const NormArgs<T>& a) {
   constexpr int n = Vec<T>::n;
-  const int64_t blocks = div_up(a.N, LANES), image = a.C * a.P;
-  const int64_t pieces = a.channels_last ? div_up(a.C, n) : a.C;
-  const bool past_the_caches = (a.channels_last ? a.C : a.P) % n == 0 && should_stream(a.y, a.N * image * sizeof(T));
+  const int64_t blocks = div_up(a.N, LANES), image = a.C * a.P, pieces = div_up(a.C, n);
+  const bool past_the_caches = a.C % n == 0 && should_stream(a.y, a.N * image * int64_t(sizeof(T)));
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
+    // A register's worth of channels at a time: as many streams as there are lanes, read from end to end.
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < blocks * pieces; ++task) {
-      const int64_t nb = task / pieces, piece = task % pieces;
-      const int images = int(least<int64_t>(LANES, a.N - nb * LANES));
-      T* out = a.y + nb * LANES * image;
+      const int64_t nb = task / pieces, c = task % pieces * n;
+      const int images = int(least<int64_t>(LANES, a.N - nb * LANES)), count = int(least<int64_t>(n, a.C - c));
+      T* out = a.y + nb * LANES * image + c;
       V<T> v[n];
-      if (a.channels_last) {
-        // A register's worth of channels at a time: as many streams as there are lanes, read from end to end.
-        const int64_t c = piece * n;
-        const int count = int(least<int64_t>(n, a.C - c));
-        for (int part = 0; part < images; part += n)
-          for (int64_t p = 0; p < a.P; ++p) {
-            for (int k = 0; k < n; ++k) v[k] = PLANE(a, nb * a.C + c + least(k, count - 1))(p * LANES + part);
-            transpose<T>(v);
-            write_lanes<T>(v, least(n, images - part), count, out + part * image + p * a.C + c, image, past_the_caches);
-          }
-      } else {
-        const PLANE plane(a, nb * a.C + piece);
-        for (int part = 0; part < images; part += n)
-          for (int64_t p = 0; p < a.P; p += n) {
-            const int count = int(least<int64_t>(n, a.P - p));
-            for (int k = 0; k < n; ++k) v[k] = plane((p + least(k, count - 1)) * LANES + part);
-            transpose<T>(v);
-            write_lanes<T>(v, least(n, images - part), count, out + part * image + piece * a.P + p, image,
-                           past_the_caches);
-          }
-      }
+      for (int part = 0; part < images; part += n)
+        for (int64_t p = 0; p < a.P; ++p) {
+          for (int k = 0; k < n; ++k) v[k] = PLANE(a, nb * a.C + c + least(k, count - 1))(p * LANES + part);
+          transpose<T>(v);
+          write_lanes<T>(v, least(n, images - part), count, out + part * image + p * a.C, image, past_the_caches);
+        }
     }
     stream_fence();
   }

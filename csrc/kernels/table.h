@@ -130,7 +130,7 @@ template <class T>
 struct NormArgs {
   int64_t N, C, P;
   const T* x;
-  T* y;
+  T* y;                     // of norm_unpack: (N, P, C)
   const T* residual;        // null: none
   const T* residual_scale;  // null: the residual as it is; else it goes through a norm of its own
   const T* residual_shift;
@@ -150,7 +150,6 @@ struct NormArgs {
   const T* slope;
   T* sum_g;
   T* sum_gx;
-  bool channels_last;  // what norm_unpack writes to y: (N, P, C) instead of (N, C, P)
   int threads;
 };
 

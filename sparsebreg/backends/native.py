@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from sparsebreg import _extension, lanes, memory
@@ -39,11 +37,6 @@ def _source(x: torch.Tensor | None, layout: Layout):
         return _array(x, layout), None
     norm, packed = waiting
     return packed.numpy(), norm
-
-
-def _factors(norm: Any):
-    """A batch norm as the kernels take it."""
-    return None if norm is None else (norm.scale.numpy(), norm.shift.numpy(), norm.relu)
 
 
 def _gradient(grad: torch.Tensor, layout: Layout):
@@ -113,13 +106,14 @@ class NativeBackend:
         x_layout = _layout(x)
         size = geometry.output_size(x.shape[2:], pattern.shape[2:])
         source, norm = _source(x, x_layout)
+        factors = None if norm is None else norm.factors()
         y = _result((x.shape[0], pattern.rows, *size), x.dtype, layout)
         moments = None
         # A convolution without a bias has a batch norm behind it, as a rule: it gets its statistics along.
         if training and bias is None and layout is Layout.LANES and y.numel():
             moments = lanes.make_moments(y)
         self.C.conv2d_forward(
-            pattern.native_index(), x.shape[0], _geometry(pattern, geometry, x.shape), source, x_layout, _factors(norm),
+            pattern.native_index(), x.shape[0], _geometry(pattern, geometry, x.shape), source, x_layout, factors,
             _array(values), _array(bias), _array(y, layout), layout, moments, torch.get_num_threads(),
         )  # fmt: skip
         return y
@@ -128,6 +122,7 @@ class NativeBackend:
         layout = _layout(grad_y)
         x_layout = layout if x is None else _layout(x)
         source, norm = _source(x, x_layout)
+        factors = None if norm is None else norm.factors()
         grad, grad_norm = _gradient(grad_y, layout)
         grad_x = _result(tuple(x_shape), grad_y.dtype, x_layout) if needs[0] else None
         grad_values = torch.empty_like(values) if needs[1] else None
@@ -137,7 +132,7 @@ class NativeBackend:
             sums = lanes.make_sums(grad_x, norm)
         self.C.conv2d_backward(
             pattern.native_index(), x_shape[0], _geometry(pattern, geometry, x_shape), grad, layout, grad_norm,
-            source, x_layout, _factors(norm), sums, _array(values), _array(grad_x, x_layout), _array(grad_values),
+            source, x_layout, factors, sums, _array(values), _array(grad_x, x_layout), _array(grad_values),
             _array(grad_bias), torch.get_num_threads(),
         )  # fmt: skip
         return grad_x, grad_values, grad_bias

@@ -214,8 +214,7 @@ def _task(number: int, runs: list[Run], compared: dict[Path, str]) -> dict[str, 
         ("Weights that woke", "woke", "weights in an epoch", False),
         ("Weights that died", "died", "weights in an epoch", False),
     ):
-        rows_of = [r for seeds in histories.values() for rows_ in seeds for r in rows_]
-        if any(_entry(r, key) for r in rows_of if r.get(key)):
+        if any(_entry(r, key) > 0 or _entry(r, key) < 0 for seeds in histories.values() for h in seeds for r in h):
             drawn = plots.lines(
                 f"{key}{number}", histories, lambda r: float(r["epoch"]), lambda r, key=key: _entry(r, key),
                 xlabel="epoch", ylabel=label, log=log,

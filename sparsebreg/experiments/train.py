@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 import sparsebreg as sb
 from sparsebreg import flops
-from sparsebreg.convert import iter_masks, iter_weights
+from sparsebreg.convert import iter_masks
 from sparsebreg.errors import RunError, expected
 from sparsebreg.experiments import checkpoint
 from sparsebreg.experiments import data as datasets
@@ -178,8 +178,8 @@ class Run:
         kind, split = ("validation", held) if held is not None else ("test", self.data.test)
         accuracy = self.accuracy(split)
         self.aside["evaluation"] += time.perf_counter() - begin
-        counts = list(iter_weights(self.model))
         before, self.active = self.active, dict(iter_masks(self.model))
+        counts = [(n, int(mask.sum()), mask.numel()) for n, mask in self.active.items()]
         woke = {n: int((mask & ~before[n]).sum()) for n, mask in self.active.items()}
         died = {n: int((before[n] & ~mask).sum()) for n, mask in self.active.items()}
         self.epoch += 1

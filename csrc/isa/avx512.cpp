@@ -8,7 +8,6 @@
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,prefer-vector-width=512")
 #endif
 #define SB_VECTOR_BYTES 64
-#define SB_WIDE_FILE  // 32 vector registers
 namespace sparsebreg {
 namespace avx512 {
 #include "isa/kernels.inc"

@@ -2,7 +2,6 @@
 #include "isa/common.h"
 
 #define SB_VECTOR_BYTES 16
-#define SB_WIDE_FILE  // 32 vector registers
 namespace sparsebreg {
 namespace neon {
 #include "isa/kernels.inc"

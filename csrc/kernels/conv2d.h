@@ -125,7 +125,7 @@ SB_INLINE Tile choose_tile(int H, int W) {
 // How many channels a pass over the nonzeros covers, so that what it reads stays in the first-level cache, as long as
 // a pass still has a few nonzeros per row: each pass reloads and stores the sums.
 SB_INLINE int choose_chunks(double nnz_per_row, int channels, double bytes_per_channel) {
-  const double L1 = 36 << 10, FEW = 6;
+  const double L1 = 36 << 10, FEW = 12;
   int chunks = int(bytes_per_channel * channels / L1 + 0.999);
   const int bound = int(nnz_per_row / FEW);
   if (chunks > bound) chunks = bound;
@@ -408,8 +408,12 @@ struct BackShape {
   int up, left;          // rows and columns of the band before those of its destination
   int reach_y, reach_x;  // how many more it has than its destination
   int32_t* offset;       // per nonzero
-  int32_t* ptr;          // list (channel * phases + phase) * chunks + chunk begins here
+  int32_t* ptr;          // list (phase * chunks + chunk) * IC + channel begins here
+  int32_t* upto;         // nonzeros of the channels before, of all lists
   T* value;              // per nonzero
+  int32_t* from;         // per nonzero: its place in CSR order
+
+  int64_t list(const ConvArgs<T>& a, int phase, int chunk) const { return (int64_t(phase) * chunks + chunk) * a.IC; }
 };
 
 // All but the nonzeros; band.rows is still open.
@@ -418,7 +422,7 @@ BackShape<T> back_shape(const ConvArgs<T>& a) {
   BackShape<T> s;
   s.phases = a.SH * a.SW;
   s.chunks = 1;
-  s.offset = s.ptr = nullptr;
+  s.offset = s.ptr = s.upto = s.from = nullptr;
   s.value = nullptr;
   s.tile = choose_tile(most(1, a.H / a.SH), most(1, a.W / a.SW));
   int down = 0, right = 0;
@@ -455,61 +459,73 @@ void place_nonzeros(const ConvArgs<T>& a, int rows, T* value, BackShape<T>& s) {
   s.chunks = least(int(per_row / 2) + 1, choose_chunks(per_row, OCg, window));
   const int per_chunk = int(div_up(OCg, s.chunks));
   const int64_t keys = lists * s.chunks, taps = int64_t(ICg) * KK;
-  int32_t* key_of_col = scratch<int32_t>(slot_more_plan, 2 * taps + ix.nnz + 2 * keys + 1);
+  int32_t* key_of_col = scratch<int32_t>(slot_more_plan, 2 * taps + 2 * ix.nnz + 2 * keys + a.IC + 2);
   int32_t* shift_of_col = key_of_col + taps;
   s.offset = shift_of_col + taps;
-  s.ptr = s.offset + ix.nnz;
+  s.from = s.offset + ix.nnz;
+  s.ptr = s.from + ix.nnz;
   int32_t* next = s.ptr + keys + 1;
+  s.upto = next + keys;
   s.value = value;
   for (int c = 0, j = 0; c < ICg; ++c)
     for (int ky = 0; ky < a.KH; ++ky)
       for (int kx = 0; kx < a.KW; ++kx, ++j) {
         const Tap y = tap_of(ky, a.SH, a.DH, a.PH), x = tap_of(kx, a.SW, a.DW, a.PW);
-        key_of_col[j] = int32_t((int64_t(c) * s.phases + y.phase * a.SW + x.phase) * s.chunks);
+        key_of_col[j] = int32_t(s.list(a, y.phase * a.SW + x.phase, 0) + c);
         shift_of_col[j] = int32_t((int64_t(y.shift + s.up) * b.CB + x.shift + s.left) * LANES);
       }
   const auto key_of_row = [&](int64_t r) {
     const int64_t g = r / OCg;
-    return int32_t(g * ICg * s.phases * s.chunks + (r - g * OCg) / per_chunk);
+    return int32_t((r - g * OCg) / per_chunk * a.IC + g * ICg);
   };
   // A counting sort; inside a list, rows ascend. Parts of the input channels, which are parts of every row's nonzeros,
-  // are sorted independently.
+  // are counted and placed independently.
   const int parts = a.G == 1 && ix.nnz > MANY ? least(a.threads, a.IC) : 1;
-#pragma omp parallel for num_threads(a.threads) if (parts > 1) schedule(static)
-  for (int part = 0; part < parts; ++part) {
-    const int64_t c0 = int64_t(ICg) * part / parts, c1 = int64_t(ICg) * (part + 1) / parts;
-    const int32_t col0 = int32_t(c0 * KK), col1 = int32_t(c1 * KK);
-    const int64_t k0 = parts > 1 ? c0 * s.phases * s.chunks : 0, k1 = parts > 1 ? c1 * s.phases * s.chunks : keys;
-    for (int64_t i = k0; i < k1; ++i) next[i] = 0;
+  const auto each = [&](int part, auto&& place) {
+    const int32_t col0 = int32_t(int64_t(ICg) * part / parts * KK),
+                  col1 = int32_t(int64_t(ICg) * (part + 1) / parts * KK);
     for (int64_t r = 0; r < ix.rows; ++r) {
       const int32_t base = key_of_row(r), end = ix.rowptr[r + 1];
       for (int32_t k = first_from(ix.col, ix.rowptr[r], end, col0); k < end && ix.col[k] < col1; ++k)
-        ++next[base + key_of_col[ix.col[k]]];
+        place(r, k, base + key_of_col[ix.col[k]]);
     }
-    int32_t start = ix.colptr[col0];
-    for (int64_t i = k0; i < k1; ++i) {
-      s.ptr[i] = start;
-      start += next[i];
-      next[i] = s.ptr[i];
-    }
-    for (int64_t r = 0; r < ix.rows; ++r) {
-      const int32_t base = key_of_row(r), src = int32_t(r * b.channel), end = ix.rowptr[r + 1];
-      for (int32_t k = first_from(ix.col, ix.rowptr[r], end, col0); k < end && ix.col[k] < col1; ++k) {
-        const int32_t j = ix.col[k], at = next[base + key_of_col[j]]++;
-        s.offset[at] = src + shift_of_col[j];
-        s.value[at] = a.values[k];
+  };
+  for (int64_t i = 0; i < keys; ++i) next[i] = 0;
+#pragma omp parallel num_threads(a.threads) if (parts > 1)
+  {
+#pragma omp for schedule(static)
+    for (int part = 0; part < parts; ++part) each(part, [&](int64_t, int32_t, int32_t key) { ++next[key]; });
+#pragma omp single
+    {
+      for (int64_t c = 0; c <= a.IC; ++c) s.upto[c] = 0;
+      int32_t start = 0;
+      for (int64_t i = 0; i < keys; ++i) {
+        s.ptr[i] = start;
+        s.upto[i % a.IC + 1] += next[i];
+        start += next[i];
+        next[i] = s.ptr[i];
       }
+      s.ptr[keys] = start;
+      for (int64_t c = 0; c < a.IC; ++c) s.upto[c + 1] += s.upto[c];
     }
+#pragma omp for schedule(static)
+    for (int part = 0; part < parts; ++part)
+      each(part, [&](int64_t r, int32_t k, int32_t key) {
+        const int32_t at = next[key]++;
+        s.offset[at] = int32_t(r * b.channel) + shift_of_col[ix.col[k]];
+        s.value[at] = a.values[k];
+        s.from[at] = k;
+      });
   }
-  s.ptr[keys] = int32_t(ix.nnz);
 }
 
 // grad_x[n][ic][iy][ix] = sum over active (oc, ky, kx) with iy + PH - ky*DH = oy*SH, ... of value *
 // grad_y[n][oc][oy][ox], for channels [r0, r1) and phase rows from j0 on; `out` where it goes through scratch;
-// `reduced` as in GatherTile.
+// `reduced` as in GatherTile. With grad_values, in the order of the lists, what the band adds to them too; `x` as plain
+// lanes of these rows, [IC][rows][W][16], where a.x lies otherwise.
 template <class T>
 void grad_x_of_band(const ConvArgs<T>& a, const BackShape<T>& s, const T* band, int64_t nb, int j0, int64_t r0,
-                    int64_t r1, T* sums, T* out, T* reduced, bool past_the_caches) {
+                    int64_t r1, T* sums, T* out, T* reduced, T* grad_values, const T* x, bool past_the_caches) {
   const Band& b = s.band;
   const int64_t plane = int64_t(a.H) * a.W;
   const int y0 = least(a.H, j0 * a.SH), y1 = least(a.H, (j0 + b.rows) * a.SH);
@@ -517,7 +533,7 @@ void grad_x_of_band(const ConvArgs<T>& a, const BackShape<T>& s, const T* band, 
   t.src_row = int64_t(b.CB) * LANES;
   t.offset = s.offset;
   t.value = s.value;
-  t.ptr_step = int64_t(s.phases) * s.chunks;
+  t.ptr_step = 1;
   t.r0 = r0, t.r1 = r1;
   t.bias = nullptr;
   t.sums = sums;
@@ -532,6 +548,13 @@ void grad_x_of_band(const ConvArgs<T>& a, const BackShape<T>& s, const T* band, 
   t.dst_channel = (out ? int64_t(y1 - y0) * a.W : plane) * LANES;
   t.dst_row = int64_t(a.SH) * a.W * LANES;
   t.dst_col = int64_t(a.SW) * LANES;
+  const T* own = x ? x : a.x + start;
+  t.grad_values = {grad_values, nullptr, true};
+  t.own.channel = x ? int64_t(b.rows) * a.SH * a.W * LANES : plane * LANES;
+  t.own.row = t.dst_row, t.own.col = t.dst_col;
+  t.own.scale = a.x_scale ? a.x_scale + r0 : nullptr, t.own.shift = a.x_scale ? a.x_shift + r0 : nullptr;
+  t.own.relu = a.x_relu;
+  t.own.images = int(least<int64_t>(LANES, a.N - nb * LANES));
   for (int f = 0; f < s.phases; ++f) {
     const int py = f / a.SW, px = f % a.SW;
     const int rows = y1 - y0 > py ? int(div_up(y1 - y0 - py, a.SH)) : 0;
@@ -547,8 +570,10 @@ void grad_x_of_band(const ConvArgs<T>& a, const BackShape<T>& s, const T* band, 
         const int64_t at = (int64_t(yy * a.SH + py) * a.W + xx * a.SW + px) * LANES;
         t.dst = dst + at;
         if (reduced) t.x = a.x + start + at;
+        if (grad_values) t.own.data = own + at;
+        t.own.skip_rows = y - yy, t.own.skip_cols = x - xx;
         for (int h = 0; h < s.chunks; ++h) {
-          t.begin = s.ptr + f * s.chunks + h;
+          t.begin = s.ptr + s.list(a, f, h);
           t.end = t.begin + 1;
           t.first = h == 0;
           t.last = h + 1 == s.chunks;
@@ -576,7 +601,7 @@ void grad_values_of_band(const ConvArgs<T>& a, const ConvShape<T>& s, const T* b
   t.r0 = r0, t.r1 = r1;
   t.grad_channel = of_grad.channel;
   t.grad_row = int64_t(of_grad.CB) * LANES;
-  t.grad_values = grad_values;
+  t.grad_values = {grad_values, nullptr, true};
   for (int y = 0; y < rows; y += s.tile.TR)
     for (int x = 0; x < a.OW; x += s.tile.TC) {
       t.src = band + (int64_t(y) * s.band.CB + x) * LANES;
@@ -611,8 +636,10 @@ void conv2d_backward(const ConvArgs<T>& a) {
   const int64_t bound = fitting_rows(int64_t(a.OC) * back.band.CB * vector, back.reach_y,
                                      through ? int64_t(a.IC) * a.SH * a.W * vector : 0);
   ConvShape<T> s{};
-  if (a.grad_values) s = forward_shape(a, 0, true, bound, TR, high);
-  const int rows = a.grad_values ? s.band.rows : even_rows(bound, TR, high);
+  const bool both = a.grad_x && a.grad_values;  // gradients of values on the way, in the order of the lists
+  const bool apart = a.grad_values && !both;
+  if (apart) s = forward_shape(a, 0, true, bound, TR, high);
+  const int rows = apart ? s.band.rows : even_rows(bound, TR, high);
   const int64_t blocks = div_up(a.N, LANES), bands = div_up(high, rows), tasks = blocks * bands;
   const int parts = split_channels(tasks, a.threads, most(a.OC, a.IC));
   const int teams = int(least<int64_t>(a.threads, tasks));
@@ -622,9 +649,13 @@ void conv2d_backward(const ConvArgs<T>& a) {
   const bool past_the_caches = !through && should_stream(a.grad_x, blocks * a.IC * int64_t(a.H) * a.W * vector);
   const int64_t grad_line = int64_t(b.RB + 1) * a.OW * LANES, chunk_sums = a.grad_x ? tile_sums(a.IC, back.chunks) : 0;
   const TeamScratch<T> grads(slot_grad, a.threads, b.C * b.channel + grad_line);
-  const TeamScratch<T> sources(
-      slot_source, a.threads,
-      a.grad_values ? s.band.C * s.band.channel + int64_t(s.band.RB * a.SH + a.SH) * a.W * LANES : 0);
+  // x for gradients of values: with its borders, or its rows alone where it has to be brought into the lane layout.
+  Band own{a.IC, a.H, a.W, 1, 1, 0, 0, 1, 1, NO_PHASES, NO_PHASES, rows * a.SH, rows * a.SH, a.W, 0};
+  own.channel = int64_t(own.RB) * own.CB * LANES;
+  const Band& of_x = apart ? s.band : own;
+  const bool copied = apart || (both && a.x_layout != Layout::lanes);
+  const int64_t x_line = int64_t(of_x.RB * of_x.SY + of_x.SY) * a.W * LANES;
+  const TeamScratch<T> sources(slot_source, a.threads, copied ? of_x.C * of_x.channel + x_line : 0);
   // Sums for the norm of x are taken from the tiles where no two of them overlap.
   const bool reducing = a.x_sum_g && !through && a.SH * a.SW == 1 && a.H % back.tile.TR == 0 && a.W % back.tile.TC == 0;
   const int64_t lane_sums = reducing ? 2 * int64_t(a.IC) * LANES : 0;
@@ -648,15 +679,20 @@ void conv2d_backward(const ConvArgs<T>& a) {
       // Output channels whose values and bias, and input channels whose gradient, are this part's.
       const int64_t r0 = part_start(a.index.rowptr, 1, a.OC, parts, part);
       const int64_t r1 = part_start(a.index.rowptr, 1, a.OC, parts, part + 1);
-      const int64_t step = int64_t(back.phases) * back.chunks;
-      const int64_t x0 = a.grad_x ? part_start(back.ptr, step, a.IC, parts, part) : 0;
-      const int64_t x1 = a.grad_x ? part_start(back.ptr, step, a.IC, parts, part + 1) : 0;
-      for (int32_t k = a.index.rowptr[r0]; k < a.index.rowptr[r1]; ++k) gv[k] = T(0);
+      const int64_t x0 = a.grad_x ? part_start(back.upto, 1, a.IC, parts, part) : 0;
+      const int64_t x1 = a.grad_x ? part_start(back.upto, 1, a.IC, parts, part + 1) : 0;
+      if (both)
+        for (int f = 0; f < back.phases * back.chunks; ++f) {
+          const int32_t* ptr = back.ptr + int64_t(f) * a.IC;
+          for (int32_t k = ptr[x0]; k < ptr[x1]; ++k) gv[k] = T(0);
+        }
+      else
+        for (int32_t k = a.index.rowptr[r0]; k < a.index.rowptr[r1]; ++k) gv[k] = T(0);
       for (int64_t r = r0; r < r1; ++r) gb[r] = T(0);
       // Channels of grad_y to be read.
       int64_t c0 = a.OC, c1 = 0;
       if (x0 < x1) c0 = x0 / ICg * OCg, c1 = ((x1 - 1) / ICg + 1) * OCg;
-      if (r0 < r1 && (a.grad_values || a.grad_bias)) c0 = least(c0, r0), c1 = most(c1, r1);
+      if (r0 < r1 && (apart || a.grad_bias)) c0 = least(c0, r0), c1 = most(c1, r1);
       if (c0 >= c1) continue;
       for (int64_t task = tasks * team / teams; task < tasks * (team + 1) / teams; ++task) {
         const int64_t nb = task / bands;
@@ -666,8 +702,11 @@ void conv2d_backward(const ConvArgs<T>& a) {
         fill_band(b, a.grad_y, a.y_layout, a.N, nb, row0, int(c0), int(c1), grad, grad + b.C * b.channel, pass);
         if (x0 < x1) {
           T* reduced = reducing ? dest + chunk_sums : nullptr;
+          if (both && copied)
+            fill_band(own, a.x, a.x_layout, a.N, nb, row0 * a.SH, int(x0), int(x1), source,
+                      source + own.C * own.channel);
           grad_x_of_band(a, back, grad, nb, row0, x0, x1, dest, through ? dest + chunk_sums : nullptr, reduced,
-                         past_the_caches);
+                         both ? gv : nullptr, both && copied ? source + x0 * own.channel : nullptr, past_the_caches);
           if (reducing)
             for (int64_t r = x0; r < x1; ++r) {
               const T* lanes = reduced + (r - x0) * 2 * LANES;
@@ -690,7 +729,7 @@ void conv2d_backward(const ConvArgs<T>& a) {
             gb[r] += sum_each<T>(sum)[0];
           }
         }
-        if (!a.grad_values || r0 == r1 || live == 0) continue;
+        if (!apart || r0 == r1 || live == 0) continue;
         pass = Passage<T>{a.x_scale, a.x_shift, a.x_relu};
         fill_band(s.band, a.x, a.x_layout, a.N, nb, row0, int(r0 / OCg) * ICg, int((r1 - 1) / OCg + 1) * ICg, source,
                   source + s.band.C * s.band.channel, pass);
@@ -704,7 +743,7 @@ void conv2d_backward(const ConvArgs<T>& a) {
       for (int64_t k = 0; k < nnz; ++k) {
         T total = sums[k];
         for (int m = 1; m < teams; ++m) total += sums[m * width + k];
-        a.grad_values[k] = total;
+        a.grad_values[both ? back.from[k] : k] = total;
       }
     }
     if (a.grad_bias) {

@@ -7,8 +7,7 @@ constexpr int GROUP = 16;  // destination features computed between two transpos
 
 SB_INLINE int lane_blocks(int64_t N) {
   const int64_t blocks = div_up(N, LANES);
-  const int most_tl = MAX_TILE < 8 ? MAX_TILE : 8;
-  return int(div_up(blocks, div_up(blocks, most_tl)));
+  return int(div_up(blocks, div_up(blocks, MAX_TILE)));
 }
 
 // Features a pass covers, so that the packed source of a pass stays in half of a typical second-level cache.
@@ -59,7 +58,8 @@ SB_INLINE Share share_out(int64_t N, int TL, int threads, int64_t features, bool
   return s;
 }
 
-// Lane blocks [l0, l1) of a tile, features [f0, f1), from a plain or a lane tensor to packed[feature][l1 - l0][16].
+// Lane blocks [l0, l1) of a tile, features [f0, f1), from a plain or a lane tensor to packed[feature - f0][l1 -
+// l0][16].
 template <class T>
 void pack_features(const T* data, Layout layout, int64_t N, int64_t F, int TL, int64_t tile, int l0, int l1, int64_t f0,
                    int64_t f1, T* packed) {
@@ -67,7 +67,7 @@ void pack_features(const T* data, Layout layout, int64_t N, int64_t F, int TL, i
   for (int l = l0; l < l1; ++l) {
     const int64_t b = tile * TL + l;
     const int images = int(most<int64_t>(0, least<int64_t>(LANES, N - b * LANES)));
-    T* dst = packed + (f0 * width + l - l0) * LANES;
+    T* dst = packed + (l - l0) * LANES;
     if (layout == Layout::plain || images == 0) {
       pack_rows(images ? data + b * LANES * F + f0 : data, F, images, f1 - f0, dst, ptrdiff_t(width) * LANES);
     } else {
@@ -77,11 +77,27 @@ void pack_features(const T* data, Layout layout, int64_t N, int64_t F, int TL, i
   }
 }
 
+// Destination features computed between two transposes back to row-major. They end in some neighbouring cache lines of
+// each image; with several chunks there are more, so that a chunk is read from cache.
+SB_INLINE int64_t run_length(int chunks) { return (chunks > 1 ? 16 : 4) * GROUP; }
+
+// What the input gradient yields besides: gradients of values, from x.
+template <class T>
+struct Correlation {
+  const T* x;
+  Layout x_layout;
+  T* grad_values;
+  bool add;  // or set
+};
+
+// Destination features [d0, d1) of lane blocks [l0, l1) of a tile; `group` holds a run of them, with `both` two.
 template <class T>
 void linear_rows(const LinearPass<T>& p, const T* packed, int64_t tile, int l0, int l1, int64_t d0, int64_t d1,
-                 T* group) {
+                 T* group, const Correlation<T>* both = nullptr) {
   const int width = l1 - l0;
   const GatherFn<T> fn = gather_fn<T>(1, width);
+  const int64_t run = run_length(p.chunks);
+  T* own = group + run * width * LANES;
   GatherTile<T> t;
   t.src = packed;
   t.src_row = 0;
@@ -93,14 +109,19 @@ void linear_rows(const LinearPass<T>& p, const T* packed, int64_t tile, int l0, 
   t.dst_row = 0;
   t.dst_col = LANES;
   t.dst_channel = int64_t(width) * LANES;
-  // A run of features ends in some neighbouring cache lines of each image; with several chunks it is longer, so that a
-  // chunk is read from cache.
-  const int64_t run = (p.chunks > 1 ? 16 : 4) * GROUP;
+  if (both) {
+    // A nonzero has one sum, and needs no zero to start from, where one register holds all lanes.
+    constexpr bool whole = Vec<T>::n == LANES;
+    for (int32_t k = p.ptr[d0]; !whole && !both->add && k < p.ptr[d1]; ++k) both->grad_values[p.order[k]] = T(0);
+    t.grad_values = {both->grad_values, p.order, both->add || !whole};
+  }
+  if (both) t.own = OwnTile<T>{own, t.dst_channel, 0, LANES, nullptr, nullptr, false, LANES, 0, 0};
   for (int64_t d = d0; d < d1; d += run) {
     t.r0 = d;
     t.r1 = least(d1, d + run);
     t.dst = t.sums = group;
     t.bias = p.bias ? p.bias + d : nullptr;
+    if (both) pack_features(both->x, both->x_layout, p.N, p.dst_features, p.TL, tile, l0, l1, t.r0, t.r1, own);
     for (int h = 0; h < p.chunks; ++h) {
       t.begin = (p.chunks > 1 ? p.split : p.ptr) + h;
       t.end = t.begin + 1;
@@ -268,7 +289,7 @@ void linear_forward(const LinearArgs<T>& a) {
   const Share s = share_out(a.N, p.TL, a.threads, ix.rows, true);
   const int64_t plans = plan_pieces(p), tasks = s.tasks();
   const TeamScratch<T> sources(slot_source, a.threads, ix.cols * int64_t(s.width) * LANES);
-  const TeamScratch<T> groups(slot_dest, a.threads, 16 * GROUP * int64_t(s.width) * LANES);
+  const TeamScratch<T> groups(slot_dest, a.threads, run_length(p.chunks) * s.width * LANES);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
     T* packed = sources.mine();
@@ -312,7 +333,7 @@ void linear_correlate(const LinearPass<T>& p, const T* packed_x, const T* packed
   t.grad_channel = length;
   t.grad_row = 0;
   t.rows = 1, t.cols = p.TL;
-  t.grad_values = grad_values;
+  t.grad_values = {grad_values, nullptr, true};
   const CorrelateFn<T> fn = correlate_fn<T>(1, p.TL);
   for (int h = 0; h < p.chunks; ++h) {
     t.begin = (p.chunks > 1 ? p.split : p.ptr) + h;
@@ -338,15 +359,18 @@ void linear_backward(const LinearArgs<T>& a) {
   const int TL = back.TL;
   const Share s = share_out(a.N, TL, a.threads, least(ix.rows, ix.cols), false);
   const bool sums_wanted = a.grad_values || a.grad_bias;
-  const int64_t back_plans = a.grad_x ? plan_pieces(back) : 0, plans = a.grad_values ? plan_pieces(weights) : 0;
+  // With both gradients, those of values are made where a column's nonzeros pass by for grad_x.
+  const bool together = a.grad_x && a.grad_values, apart = a.grad_values && !together;
+  const int64_t back_plans = a.grad_x ? plan_pieces(back) : 0, plans = apart ? plan_pieces(weights) : 0;
   const int64_t tasks = s.tasks(), length = int64_t(TL) * LANES;
   // Sums over the samples of several units are made apart, unit by unit or thread by thread, whichever are fewer.
   const int copies = int(least<int64_t>(s.units(), a.threads));
   const int64_t stride = ix.nnz + ix.rows;
   T* sums = sums_wanted && copies > 1 ? scratch<T>(slot_sums, stride * copies) : nullptr;
-  const TeamScratch<T> sources(slot_source, a.threads, a.grad_values ? ix.cols * length : 0);
+  const TeamScratch<T> sources(slot_source, a.threads, apart ? ix.cols * length : 0);
   const TeamScratch<T> grads(slot_grad, a.threads, ix.rows * length);
-  const TeamScratch<T> groups(slot_dest, a.threads, a.grad_x ? 16 * GROUP * length : 0);
+  const TeamScratch<T> groups(slot_dest, a.threads,
+                              a.grad_x ? (together ? 2 : 1) * run_length(back.chunks) * length : 0);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
     T* packed_x = sources.mine();
@@ -370,21 +394,25 @@ void linear_backward(const LinearArgs<T>& a) {
                     r1 = linear_part(ix.rowptr, ix.rows, s.parts, q + 1);
       // Without grad_x only the part's own rows of grad_y are read.
       const int64_t f0 = a.grad_x ? 0 : r0, f1 = a.grad_x ? ix.rows : r1;
-      if (have != u || !a.grad_x) pack_features(a.grad_y, a.y_layout, a.N, ix.rows, TL, u, 0, TL, f0, f1, packed_grad);
-      if (have != u && a.grad_values) pack_features(a.x, a.x_layout, a.N, ix.cols, TL, u, 0, TL, 0, ix.cols, packed_x);
+      if (have != u || !a.grad_x)
+        pack_features(a.grad_y, a.y_layout, a.N, ix.rows, TL, u, 0, TL, f0, f1, packed_grad + f0 * length);
+      if (have != u && apart) pack_features(a.x, a.x_layout, a.N, ix.cols, TL, u, 0, TL, 0, ix.cols, packed_x);
       have = u;
-      if (a.grad_x)
-        linear_rows(back, packed_grad, u, 0, TL, linear_part(ix.colptr, ix.cols, s.parts, q),
-                    linear_part(ix.colptr, ix.cols, s.parts, q + 1), groups.mine());
-      if (!sums_wanted) continue;
       T* mine = sums ? sums + stride * (s.units() <= a.threads ? u : team_member()) : nullptr;
       T* grad_values = a.grad_values ? mine ? mine : a.grad_values : nullptr;
       T* grad_bias = a.grad_bias ? mine ? mine + ix.nnz : a.grad_bias : nullptr;
-      if (!sums && u == 0) {
-        for (int64_t k = ix.rowptr[r0]; grad_values && k < ix.rowptr[r1]; ++k) grad_values[k] = T(0);
+      const bool add = sums || u > 0;
+      if (a.grad_x) {
+        const Correlation<T> both{a.x, a.x_layout, grad_values, add};
+        linear_rows(back, packed_grad, u, 0, TL, linear_part(ix.colptr, ix.cols, s.parts, q),
+                    linear_part(ix.colptr, ix.cols, s.parts, q + 1), groups.mine(), together ? &both : nullptr);
+      }
+      if (!add) {
+        for (int64_t k = ix.rowptr[r0]; apart && k < ix.rowptr[r1]; ++k) grad_values[k] = T(0);
         for (int64_t r = r0; grad_bias && r < r1; ++r) grad_bias[r] = T(0);
       }
-      linear_correlate(weights, packed_x, packed_grad, r0, r1, grad_values, grad_bias);
+      if (apart || grad_bias)
+        linear_correlate(weights, packed_x, packed_grad, r0, r1, apart ? grad_values : nullptr, grad_bias);
     }
     if (sums) {
 #pragma omp barrier

@@ -3,14 +3,6 @@
 // Moments are taken plane by plane and combined in double in a fixed order: as exact as a two-pass sum, the same with
 // any number of threads, and the data comes from memory once.
 
-// All ones in the lanes of `part` that hold one of the first `images` samples.
-template <class T>
-SB_INLINE typename Vec<T>::index lane_mask(int images, int part) {
-  typename Vec<T>::index m{};
-  for (int i = 0; i < Vec<T>::n; ++i) m[i] = part + i < images ? -1 : 0;
-  return m;
-}
-
 template <class T>
 SB_INLINE double total(V<T> v) {
   double s = 0;
@@ -84,11 +76,6 @@ void norm_stats(const NormArgs<T>& a) {
     total_moments(part_mean, part_m2, blocks, a.C, a.mean, a.var,
                   [&](int64_t b) { return double(a.P) * double(least<int64_t>(LANES, a.N - b * LANES)); });
   }
-}
-
-template <class T>
-SB_INLINE V<T> rectified(V<T> v) {
-  return v < zero<T>() ? zero<T>() : v;  // NaN stays
 }
 
 // What is added to a norm's result: nothing, a tensor, or a tensor's own norm.

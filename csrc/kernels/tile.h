@@ -14,6 +14,19 @@ SB_INLINE V<T> normed(V<T> x, V<T> scale, V<T> shift) {
   return x * scale + shift;
 }
 
+template <class T>
+SB_INLINE V<T> rectified(V<T> v) {
+  return v < zero<T>() ? zero<T>() : v;  // NaN stays
+}
+
+// All ones in the lanes of `part` that hold one of the first `images` samples.
+template <class T>
+SB_INLINE typename Vec<T>::index lane_mask(int images, int part) {
+  typename Vec<T>::index m{};
+  for (int i = 0; i < Vec<T>::n; ++i) m[i] = part + i < images ? -1 : 0;
+  return m;
+}
+
 // K registers more to the mean and the sum of squared deviations of the `count` before them, lane by lane. They are
 // taken by their own mean first: nothing is read twice, and nothing cancels.
 template <class T, int K>
@@ -28,6 +41,101 @@ SB_INLINE void add_moments(const V<T>* v, V<T>& mean, V<T>& squares, T count) {
   squares += more + d * d * splat<T>(count * T(K) / all);
 }
 
+// Where the gradients of values go: nonzero k's to at[k], or, in another order, to at[order[k]].
+template <class T>
+struct GradValues {
+  T* at;
+  const int32_t* order;
+  bool add;  // or, with an order, set
+};
+
+// The sums of the lanes of sum[0..m) become those of the nonzeros from k on.
+template <class T>
+SB_INLINE void pass_sums(V<T>* sum, int m, const GradValues<T>& to, int32_t k) {
+  constexpr int n = Vec<T>::n;
+  const V<T> totals = sum_each<T>(sum);
+  if (m == n && !to.order) return store(to.at + k, load(to.at + k) + totals);
+  alignas(64) T out[n];
+  store(out, totals);
+  for (int q = 0; q < m; ++q) {
+    T& place = to.at[to.order ? to.order[k + q] : k + q];
+    place = to.add ? place + out[q] : out[q];
+  }
+}
+
+template <class T>
+__attribute__((noinline)) void pass_fewer_sums(V<T>* sum, int m, const GradValues<T>& to, int32_t k) {
+  for (int q = m; q < Vec<T>::n; ++q) sum[q] = zero<T>();
+  pass_sums<T>(sum, m, to, k);
+}
+
+// Registers whose lanes are still to be summed, of nonzeros that follow one another. A register is reduced together
+// with its neighbours, across rows too: rows of a chunk are short.
+template <class T>
+struct SumQueue {
+  V<T> sum[Vec<T>::n];
+  int32_t k;
+  int m;
+
+  SB_INLINE SumQueue() : k(0), m(0) {}
+  SB_INLINE void put(V<T> v, const GradValues<T>& to) {
+    sum[m] = v;
+    if (++m == Vec<T>::n) {
+      pass_sums<T>(sum, m, to, k);
+      k += m;
+      m = 0;
+    }
+  }
+  SB_INLINE void flush(const GradValues<T>& to) {
+    if (m) pass_fewer_sums<T>(sum, m, to, k);
+    m = 0;
+  }
+  // What is put next is of the nonzeros from `next` on.
+  SB_INLINE void seek(int32_t next, const GradValues<T>& to) {
+    if (k + m == next) return;
+    flush(to);
+    k = next;
+  }
+};
+
+// A tile of the destination's own values, of channel r0: what is gathered is multiplied with it.
+template <class T>
+struct OwnTile {
+  const T* data;
+  ptrdiff_t channel, row, col;
+  const T* scale;  // of channel r0: a norm that the values go through first; null: none
+  const T* shift;
+  bool relu;
+  int images;                // the lanes that exist; the others count as zero
+  int skip_rows, skip_cols;  // so many of the tile's first rows and columns count as zero
+};
+
+template <class T, int TR, int TC>
+SB_INLINE void load_own(const OwnTile<T>& t, int64_t r, int part, V<T> (&own)[TR][TC]) {
+  const T* p = t.data + r * t.channel + part;
+  for (int i = 0; i < TR; ++i)
+    for (int j = 0; j < TC; ++j) own[i][j] = load(p + i * t.row + j * t.col);
+  if (t.scale) {
+    const V<T> scale = splat<T>(t.scale[r]), shift = splat<T>(t.shift[r]);
+    for (int i = 0; i < TR; ++i)
+      for (int j = 0; j < TC; ++j) {
+        own[i][j] = normed<T>(own[i][j], scale, shift);
+        if (t.relu) own[i][j] = rectified<T>(own[i][j]);
+      }
+  }
+  if (t.images < LANES) {
+    const typename Vec<T>::index exists = lane_mask<T>(t.images, part);
+    for (int i = 0; i < TR; ++i)
+      for (int j = 0; j < TC; ++j) own[i][j] = exists ? own[i][j] : zero<T>();
+  }
+  if (t.skip_rows || t.skip_cols) {
+    for (int i = 0; i < TR; ++i)
+      for (int j = 0; j < TC; ++j)
+        if (i < t.skip_rows || j < t.skip_cols) own[i][j] = zero<T>();
+  }
+}
+
+constexpr int AHEAD = 2;  // channels; their own values are fetched while others are summed
 template <class T>
 struct GatherTile {
   const T* src;
@@ -56,12 +164,16 @@ struct GatherTile {
   const T* x_scale = nullptr;
   const T* x_shift = nullptr;
   const T* x_mean = nullptr;
+  // Where .at is not null: what correlate_tile sums for `own`, so that src is loaded once for both.
+  GradValues<T> grad_values{};
+  OwnTile<T> own{};
 };
 
 // dst[r][i][j][:] = bias[r] + sum_k value[k] * src[offset[k] + i*src_row + j*LANES + :].   Cost: nnz * TR * TC FMAs.
-template <class T, int TR, int TC, bool ORDERED>
+template <class T, int TR, int TC, bool CORRELATING, bool ORDERED>
 void gather_tile_as(const GatherTile<T>& t) {
   constexpr int n = Vec<T>::n;
+  SumQueue<T> queue;
   for (int64_t r = t.r0; r < t.r1; ++r) {
     T* dst = t.dst + (r - t.r0) * t.dst_channel;
     T* sums = t.first && t.last ? nullptr : t.sums + (r - t.r0) * TR * TC * LANES;
@@ -78,11 +190,33 @@ void gather_tile_as(const GatherTile<T>& t) {
           for (int j = 0; j < TC; ++j) acc[i][j] = load(sums + (i * TC + j) * LANES + part);
       }
       const T* src = t.src + part;
+      V<T> own[TR][TC];
+      if constexpr (CORRELATING) {
+        load_own<T, TR, TC>(t.own, r - t.r0, part, own);
+        queue.seek(k0, t.grad_values);
+        if (t.first && part == 0) {
+          const T* next = t.own.data + (r - t.r0 + AHEAD) * t.own.channel;
+          for (int i = 0; i < TR; ++i)
+            for (int j = 0; j < TC; ++j) __builtin_prefetch(next + i * t.own.row + j * t.own.col);
+        }
+      }
       for (int32_t k = k0; k < k1; ++k) {
         const T* p = src + t.offset[k] * t.scale;
         const V<T> v = splat<T>(t.value[ORDERED ? t.order[k] : k]);
-        for (int i = 0; i < TR; ++i)
-          for (int j = 0; j < TC; ++j) acc[i][j] += v * load(p + i * t.src_row + j * LANES);
+        if constexpr (CORRELATING) {
+          V<T> s[2] = {zero<T>(), zero<T>()};
+          for (int i = 0; i < TR; ++i)
+            for (int j = 0; j < TC; ++j) {
+              V<T> g = load(p + i * t.src_row + j * LANES);
+              in_register<T>(g);
+              acc[i][j] += v * g;
+              s[j & 1] += own[i][j] * g;
+            }
+          queue.put(s[0] + s[1], t.grad_values);
+        } else {
+          for (int i = 0; i < TR; ++i)
+            for (int j = 0; j < TC; ++j) acc[i][j] += v * load(p + i * t.src_row + j * LANES);
+        }
       }
       if (t.last && t.reduced) {
         T* at = t.reduced + (r - t.r0) * 2 * LANES + part;
@@ -119,14 +253,15 @@ void gather_tile_as(const GatherTile<T>& t) {
       }
     }
   }
+  if constexpr (CORRELATING) queue.flush(t.grad_values);
 }
 
 template <class T, int TR, int TC>
 void gather_tile(const GatherTile<T>& t) {
-  if (t.order)
-    gather_tile_as<T, TR, TC, true>(t);
+  if (TR == 1 && t.order)  // a linear layer's
+    t.grad_values.at ? gather_tile_as<T, 1, TC, true, true>(t) : gather_tile_as<T, 1, TC, false, true>(t);
   else
-    gather_tile_as<T, TR, TC, false>(t);
+    t.grad_values.at ? gather_tile_as<T, TR, TC, true, false>(t) : gather_tile_as<T, TR, TC, false, false>(t);
 }
 
 template <class T>
@@ -142,37 +277,20 @@ struct CorrelateTile {
   const T* grad;  // tile of the output gradient, of channel r0
   ptrdiff_t grad_channel, grad_row;
   int rows, cols;  // how many of the tile's positions exist; the others count as zero
-  T* grad_values;  // per nonzero; added to
+  GradValues<T> grad_values;
 };
 
-// Adds the lane sums of sum[0..m) to grad_values at `at`.
-template <class T>
-SB_INLINE void add_sums(V<T>* sum, const int32_t* at, int m, T* grad_values) {
-  constexpr int n = Vec<T>::n;
-  for (int q = m; q < n; ++q) sum[q] = zero<T>();
-  const V<T> totals = sum_each<T>(sum);
-  if (m == n && at[n - 1] - at[0] == n - 1) {
-    store(grad_values + at[0], load(grad_values + at[0]) + totals);
-  } else {
-    alignas(64) T out[n];
-    store(out, totals);
-    for (int q = 0; q < m; ++q) grad_values[at[q]] += out[q];
-  }
-}
-
 // grad_values[k] += sum_{i,j,lane} grad[r][i][j][lane] * src[offset[k] + i*src_row + j*LANES + lane].
-// A register of sums is reduced together with its neighbours, across rows too: rows of a chunk are short.
 template <class T, int TR, int TC>
 void correlate_tile(const CorrelateTile<T>& t) {
   constexpr int n = Vec<T>::n;
   for (int part = 0; part < LANES; part += n) {
     const T* src = t.src + part;
-    V<T> sum[n];
-    int32_t at[n];
-    int m = 0;
+    SumQueue<T> queue;
     for (int64_t r = t.r0; r < t.r1; ++r) {
       const int32_t k0 = t.begin[r * t.ptr_step], k1 = t.end[r * t.ptr_step];
       if (k0 == k1) continue;
+      queue.seek(k0, t.grad_values);
       const T* grad = t.grad + (r - t.r0) * t.grad_channel + part;
       V<T> g[TR][TC];
       if (t.rows == TR && t.cols == TC) {
@@ -188,23 +306,15 @@ void correlate_tile(const CorrelateTile<T>& t) {
         V<T> s[2] = {zero<T>(), zero<T>()};  // two chains: the out-of-order window overlaps neighbouring nonzeros
         for (int i = 0; i < TR; ++i)
           for (int j = 0; j < TC; ++j) s[j & 1] += g[i][j] * load(p + i * t.src_row + j * LANES);
-        sum[m] = s[0] + s[1];
-        at[m] = k;
-        if (++m == n) {
-          add_sums<T>(sum, at, n, t.grad_values);
-          m = 0;
-        }
+        queue.put(s[0] + s[1], t.grad_values);
       }
     }
-    if (m) add_sums<T>(sum, at, m, t.grad_values);
+    queue.flush(t.grad_values);
   }
 }
 
-#if defined(SB_WIDE_FILE)  // 32 vector registers
-constexpr int MAX_TILE = 16;
-#else
-constexpr int MAX_TILE = 12;
-#endif
+// Sums and own values of a tile fill sixteen registers.
+constexpr int MAX_TILE = 8;
 
 template <class T>
 using GatherFn = void (*)(const GatherTile<T>&);

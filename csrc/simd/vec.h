@@ -57,6 +57,18 @@ SB_INLINE bool should_stream(const void* p, int64_t bytes) {
   return CAN_STREAM && bytes >= (int64_t(4) << 20) && reinterpret_cast<uintptr_t>(p) % SB_VECTOR_BYTES == 0;
 }
 
+// Keeps v in a register where it is used twice: compilers like to load it twice instead.
+template <class T>
+SB_INLINE void in_register(V<T>& v) {
+#if defined(__x86_64__) && SB_VECTOR_BYTES == 64
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
 template <class T>
 SB_INLINE V<T> splat(T s) {
   return s - V<T>{};  // folds to one broadcast

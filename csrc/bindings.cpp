@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -80,52 +81,60 @@ class NativeIndex {
   // Of marks from mark_nonzeros.
   NativeIndex(int64_t rows, int64_t cols, int64_t nnz, const std::vector<uint64_t>& bits,
               const std::vector<int32_t>& rowptr, int threads)
-      : storage_(size_t(rows + cols + 2 + 3 * nnz)) {
-    int32_t* ptr = storage_.data();
-    int32_t* col = std::copy(rowptr.begin(), rowptr.end(), ptr);
-    int32_t* colptr = col + nnz;
-    int32_t* row = colptr + cols + 1;
-    fill_columns(bits.data(), rows, cols, ptr, col, threads);
-    transpose_index(rows, cols, ptr, col, colptr, row, row + nnz, threads);
-    index = Index{rows, cols, nnz, ptr, col, colptr, row, row + nnz};
+      : index{rows, cols, nnz}, storage_(size_t(rows + 1 + nnz)) {
+    int32_t* col = std::copy(rowptr.begin(), rowptr.end(), storage_.data());
+    fill_columns(bits.data(), rows, cols, rowptr.data(), col, threads);
+    index.rowptr = storage_.data(), index.col = col;
   }
 
-  NativeIndex(int64_t rows, int64_t cols, const py::array& rowptr, const py::array& col, const py::array& colptr,
-              const py::array& row, const py::array& csc_to_csr) {
+  NativeIndex(int64_t rows, int64_t cols, const py::array& rowptr, const py::array& col) {
     check_shape("shape", rows, cols);
     const int64_t nnz = col.size();
     if (nnz > INT32_MAX) refuse("col", "at most 2147483647 nonzeros", std::to_string(nnz));
-    auto copy = [this](const int32_t* from, int64_t count) {
-      const size_t at = storage_.size();
-      storage_.insert(storage_.end(), from, from + count);
-      return at;
-    };
-    storage_.reserve(size_t(rows + cols + 2 + 3 * nnz));
-    const size_t a = copy(in<int32_t>("rowptr", rowptr, rows + 1), rows + 1);
-    const size_t b = copy(in<int32_t>("col", col, nnz), nnz);
-    const size_t c = copy(in<int32_t>("colptr", colptr, cols + 1), cols + 1);
-    const size_t d = copy(in<int32_t>("row", row, nnz), nnz);
-    const size_t e = copy(in<int32_t>("csc_to_csr", csc_to_csr, nnz), nnz);
-    const int32_t* s = storage_.data();
-    index = Index{rows, cols, nnz, s + a, s + b, s + c, s + d, s + e};
-    const char* wrong =
-        check_index(rows, cols, nnz, index.rowptr, index.col, index.colptr, index.row, index.csc_to_csr);
-    if (wrong) throw py::value_error(wrong);
+    const int32_t* const from[] = {in<int32_t>("rowptr", rowptr, rows + 1), in<int32_t>("col", col, nnz)};
+    storage_.reserve(size_t(rows + 1 + nnz));
+    storage_.assign(from[0], from[0] + rows + 1);
+    storage_.insert(storage_.end(), from[1], from[1] + nnz);
+    index = Index{rows, cols, nnz, storage_.data(), storage_.data() + rows + 1};
+    if (const char* wrong = check_index(rows, cols, nnz, index.rowptr, index.col)) throw py::value_error(wrong);
   }
 
-  // rowptr, col, colptr, row, csc_to_csr, as copies.
-  py::tuple arrays() const {
-    const auto copy = [](const int32_t* from, int64_t count) { return py::array_t<int32_t>(count, from); };
-    return py::make_tuple(copy(index.rowptr, index.rows + 1), copy(index.col, index.nnz),
-                          copy(index.colptr, index.cols + 1), copy(index.row, index.nnz),
-                          copy(index.csc_to_csr, index.nnz));
+  // The index with its transpose, which is made when it is first asked for: convolutions and first layers need none.
+  Index transposed(int threads) const {
+    std::call_once(once_, [&] {
+      std::vector<int32_t> made(size_t(index.cols + 1 + 2 * index.nnz));
+      int32_t* row = made.data() + index.cols + 1;
+      transpose_index(index.rows, index.cols, index.rowptr, index.col, made.data(), row, row + index.nnz, threads);
+      transpose_ = std::move(made);
+    });
+    Index both = index;
+    both.colptr = transpose_.data();
+    both.row = both.colptr + index.cols + 1;
+    both.csc_to_csr = both.row + index.nnz;
+    return both;
   }
 
-  Index index;
+  Index index;  // without its transpose
 
  private:
   std::vector<int32_t> storage_;
+  mutable std::vector<int32_t> transpose_;
+  mutable std::once_flag once_;
 };
+
+py::array_t<int32_t> copy_of(const int32_t* from, int64_t count) { return py::array_t<int32_t>(count, from); }
+
+// rowptr, col.
+py::tuple index_arrays(const NativeIndex& pattern) {
+  const Index& ix = pattern.index;
+  return py::make_tuple(copy_of(ix.rowptr, ix.rows + 1), copy_of(ix.col, ix.nnz));
+}
+
+// colptr, row, csc_to_csr.
+py::tuple transposed_arrays(const NativeIndex& pattern, int threads) {
+  const Index ix = pattern.transposed(check_threads(threads));
+  return py::make_tuple(copy_of(ix.colptr, ix.cols + 1), copy_of(ix.row, ix.nnz), copy_of(ix.csc_to_csr, ix.nnz));
+}
 
 Layout layout_of(const char* name, int layout, int last) {
   if (layout < 0 || layout > last) refuse(name, "0 to " + std::to_string(last), std::to_string(layout));
@@ -219,6 +228,7 @@ void linear_backward(const NativeIndex& pattern, int64_t N, const py::array& gra
     check_backward(a, elements("x", N, a.x_layout, {a.index.cols}), elements("grad_y", N, a.y_layout, {a.index.rows}),
                    grad_y, x, grad_x, grad_values, grad_bias);
     py::gil_scoped_release nogil;
+    if (a.grad_x) a.index = pattern.transposed(a.threads);
     kernels_of<T>().linear_backward(a);
   });
 }
@@ -418,26 +428,41 @@ py::array pool_empty(const std::vector<py::ssize_t>& shape, const py::dtype& dty
   return py::array(dtype, shape, strides, block->data, owner);
 }
 
+template <class T>
+StepArgs<T> step_args(py::array& p, const py::array& g, Maybe& m, const Maybe& active, double lr, double beta,
+                      double lam, double weight_decay, bool maximize, int threads) {
+  const int64_t n = p.size();
+  StepArgs<T> a{};
+  a.n = n;
+  a.p = out<T>("p", p, n);
+  a.g = in<T>("g", g, n);
+  a.m = maybe_out<T>("m", m, n);
+  a.active = reinterpret_cast<const uint8_t*>(maybe_in<bool>("active", active, n));
+  a.lr = lr, a.beta = beta, a.lam = lam, a.weight_decay = weight_decay;
+  a.sign = maximize ? -1.0 : 1.0;
+  a.threads = team(threads, double(n));
+  return a;
+}
+
 void linbreg_step(py::array p, const py::array& g, py::array v, Maybe m, const Maybe& active, double lr, double beta,
                   double delta, double lam, double weight_decay, bool maximize, int threads) {
   for_dtype(p, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t n = p.size();
-    StepArgs<T> a{n,
-                  out<T>("p", p, n),
-                  in<T>("g", g, n),
-                  out<T>("v", v, n),
-                  maybe_out<T>("m", m, n),
-                  reinterpret_cast<const uint8_t*>(maybe_in<bool>("active", active, n)),
-                  lr,
-                  beta,
-                  delta,
-                  lam,
-                  weight_decay,
-                  maximize ? -1.0 : 1.0,
-                  team(threads, double(n))};
+    StepArgs<T> a = step_args<T>(p, g, m, active, lr, beta, lam, weight_decay, maximize, threads);
+    a.v = out<T>("v", v, a.n);
+    a.delta = delta;
     py::gil_scoped_release nogil;
     kernels_of<T>().linbreg_step(a);
+  });
+}
+
+void proxsgd_step(py::array p, const py::array& g, Maybe m, const Maybe& active, double lr, double beta, double lam,
+                  double weight_decay, bool maximize, int threads) {
+  for_dtype(p, [&](auto zero) {
+    using T = decltype(zero);
+    const StepArgs<T> a = step_args<T>(p, g, m, active, lr, beta, lam, weight_decay, maximize, threads);
+    py::gil_scoped_release nogil;
+    kernels_of<T>().proxsgd_step(a);
   });
 }
 
@@ -625,22 +650,6 @@ py::object index_of_nonzeros(const py::array& dense, const py::object& known, in
   return make(reinterpret_cast<const uint8_t*>(in<bool>("dense", dense, size)));
 }
 
-// rowptr and col are checked by the NativeIndex made of the result; here only what keeps memory safe.
-py::tuple transpose(int64_t rows, int64_t cols, const py::array& rowptr, const py::array& col) {
-  check_shape("shape", rows, cols);
-  const int32_t* ptr = in<int32_t>("rowptr", rowptr, rows + 1);
-  const int32_t* index = in<int32_t>("col", col, col.size());
-  const int64_t nnz = col.size();
-  if (ptr[0] != 0 || ptr[rows] != nnz) refuse("rowptr", "0 to the number of nonzeros", "another range");
-  for (int64_t r = 0; r < rows; ++r)
-    if (ptr[r + 1] < ptr[r]) refuse("rowptr", "values that never fall", "falling ones");
-  for (int64_t k = 0; k < nnz; ++k)
-    if (index[k] < 0 || index[k] >= cols) refuse("col", "indices inside the matrix", std::to_string(index[k]));
-  py::array_t<int32_t> colptr(cols + 1), row(nnz), order(nnz);
-  transpose_index(rows, cols, ptr, index, colptr.mutable_data(), row.mutable_data(), order.mutable_data(), 1);
-  return py::make_tuple(colptr, row, order);
-}
-
 void gather_values(const NativeIndex& pattern, const py::array& dense, py::array values, int threads) {
   for_dtype(dense, [&](auto zero) {
     using T = decltype(zero);
@@ -673,10 +682,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of sparsebreg. Not a public interface: see sparsebreg.functional.";
   m.attr("LANES") = LANES;
   py::class_<NativeIndex>(m, "Index")
-      .def(py::init<int64_t, int64_t, const py::array&, const py::array&, const py::array&, const py::array&,
-                    const py::array&>())
+      .def(py::init<int64_t, int64_t, const py::array&, const py::array&>())
       .def_static("of_nonzeros", &index_of_nonzeros)
-      .def("arrays", &NativeIndex::arrays);
+      .def("arrays", &index_arrays)
+      .def("transposed", &transposed_arrays);
   m.def("isa", [] { return active_table().isa; });
   m.def("available_isas", &available_isas);
   m.def("select_isa", &select_isa);
@@ -687,13 +696,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("repack", &repack);
   m.def("linbreg_step", &linbreg_step);
   m.def("adabreg_step", &adabreg_step);
+  m.def("proxsgd_step", &proxsgd_step);
   m.def("max_pool", &max_pool);
   m.def("norm_stats", &norm_stats);
   m.def("norm_apply", &norm_apply);
   m.def("norm_reduce", &norm_reduce);
   m.def("norm_grad", &norm_grad);
   m.def("norm_unpack", &norm_unpack);
-  m.def("transpose", &transpose);
   m.def("gather", &gather_values);
   m.def("scatter", &scatter_values);
   m.def("pool_empty", &pool_empty);

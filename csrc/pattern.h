@@ -29,10 +29,8 @@ bool covers(const int32_t* rowptr, const int32_t* col, const uint64_t* bits, int
 void transpose_index(int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, int32_t* colptr,
                      int32_t* row, int32_t* csc_to_csr, int threads);
 
-// What is wrong with an index, or null: rowptr from 0 to nnz, never falling; columns in range and ascending; the
-// transposed index exactly the transpose.
-const char* check_index(int64_t rows, int64_t cols, int64_t nnz, const int32_t* rowptr, const int32_t* col,
-                        const int32_t* colptr, const int32_t* row, const int32_t* csc_to_csr);
+// What is wrong with an index, or null: rowptr from 0 to nnz, never falling; columns in range and ascending.
+const char* check_index(int64_t rows, int64_t cols, int64_t nnz, const int32_t* rowptr, const int32_t* col);
 
 // values[k] = dense[row of k][col[k]].
 template <class T>

@@ -25,18 +25,6 @@ def _int32(name: str, t: Any, size: int) -> torch.Tensor:
     return t.contiguous()
 
 
-def _transpose(rows: int, cols: int, rowptr: torch.Tensor, col: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(colptr, row, csc_to_csr) of a CSR index with bounds already checked."""
-    if (C := native()) is not None:
-        return tuple(torch.from_numpy(a) for a in C.transpose(rows, cols, rowptr.numpy(), col.numpy()))
-    # A stable sort by column keeps the rows of a column ascending.
-    order = np.argsort(col.numpy(), kind="stable").astype(np.int32)
-    row = np.repeat(np.arange(rows, dtype=np.int32), np.diff(rowptr.numpy()))[order]
-    colptr = np.zeros(cols + 1, dtype=np.int32)
-    np.cumsum(np.bincount(col.numpy(), minlength=cols), out=colptr[1:])
-    return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in (colptr, row, order))
-
-
 def count_nonzero(weight: torch.Tensor) -> int:
     """How many entries are not zero; on the CPU in a fifth of the time of ``torch.count_nonzero``."""
     weight = weight.detach()
@@ -69,7 +57,7 @@ class SparsePattern:
 
     Attributes:
         colptr, row, csc_to_csr: the transposed index: column c holds the rows ``row[colptr[c]:colptr[c + 1]]``, and the
-            k-th entry in column order is number ``csc_to_csr[k]`` in row order. Derived; int32.
+            k-th entry in column order is number ``csc_to_csr[k]`` in row order. Made when first asked for; int32.
 
     Raises:
         TypeError, ValueError: for an index that is not a valid CSR index of that shape.
@@ -78,9 +66,6 @@ class SparsePattern:
     shape: tuple[int, ...]
     rowptr: torch.Tensor
     col: torch.Tensor
-    colptr: torch.Tensor = field(init=False)
-    row: torch.Tensor = field(init=False)
-    csc_to_csr: torch.Tensor = field(init=False)
     _cache: dict[Any, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,10 +92,6 @@ class SparsePattern:
         rising[starts[(starts > 0) & (starts < len(col))] - 1] = True  # a new row may start lower
         if not rising.all():
             raise ValueError(expected("col", "strictly ascending indices inside each row", "others"))
-        for name, value in zip(
-            ("colptr", "row", "csc_to_csr"), _transpose(rows, cols, self.rowptr, self.col), strict=True
-        ):
-            put(self, name, value)
         put(self, "_cache", {})
 
     @classmethod
@@ -179,7 +160,7 @@ class SparsePattern:
         """Of an index that the extension made: valid by construction."""
         pattern = object.__new__(cls)
         put = object.__setattr__
-        for name, array in zip(("rowptr", "col", "colptr", "row", "csc_to_csr"), index.arrays(), strict=True):
+        for name, array in zip(("rowptr", "col"), index.arrays(), strict=True):
             put(pattern, name, torch.from_numpy(array))
         put(pattern, "shape", shape)
         put(pattern, "_cache", {"native": index})
@@ -226,8 +207,30 @@ class SparsePattern:
         return self.cached("native", self._make_native)
 
     def _make_native(self) -> Any:
-        arrays = (t.numpy() for t in (self.rowptr, self.col, self.colptr, self.row, self.csc_to_csr))
-        return native().Index(self.rows, self.cols, *arrays)  # type: ignore[union-attr]
+        return native().Index(self.rows, self.cols, self.rowptr.numpy(), self.col.numpy())  # type: ignore[union-attr]
+
+    @property
+    def colptr(self) -> torch.Tensor:
+        return self.cached("transposed", self._make_transposed)[0]
+
+    @property
+    def row(self) -> torch.Tensor:
+        return self.cached("transposed", self._make_transposed)[1]
+
+    @property
+    def csc_to_csr(self) -> torch.Tensor:
+        return self.cached("transposed", self._make_transposed)[2]
+
+    def _make_transposed(self) -> tuple[torch.Tensor, ...]:
+        if native() is not None:
+            return tuple(torch.from_numpy(a) for a in self.native_index().transposed(torch.get_num_threads()))
+        # A stable sort by column keeps the rows of a column ascending.
+        col, rows = self.col.numpy(), np.arange(self.rows, dtype=np.int32)
+        order = np.argsort(col, kind="stable").astype(np.int32)
+        colptr = np.zeros(self.cols + 1, dtype=np.int32)
+        np.cumsum(np.bincount(col, minlength=self.cols), out=colptr[1:])
+        row = np.repeat(rows, np.diff(self.rowptr.numpy()))[order]
+        return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in (colptr, row, order))
 
     def flat_index(self) -> torch.Tensor:
         """(nnz,) int64: places of the active weights in the flattened dense weight."""

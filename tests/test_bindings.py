@@ -263,11 +263,10 @@ one, none = np.zeros(1, np.float32), np.zeros(0, np.float32)
         (lambda: C.max_pool(-1, POOL, none, none, codes, None, None, 1), "planes: expected at least 0, got -1"),
         (lambda: C.max_pool(1, POOL[:11], none, none, codes, None, None, 1), "geometry: expected 12 numbers, got 11"),
         (lambda: C.max_pool(1, POOL, none, None, codes, None, None, 1), "x: expected x and y, or grad_y and grad_x"),
-        (lambda: C.transpose(-1, 3, np.zeros(0, "i4"), np.zeros(0, "i4")), "shape: expected sizes from 0"),
-        (lambda: C.transpose(1, 2**31, np.zeros(2, "i4"), np.zeros(0, "i4")), "shape: expected sizes from 0"),
-        (lambda: C.transpose(1, 3, np.array([0, 2], "i4"), np.zeros(1, "i4")), "rowptr: expected 0 to the number"),
-        (lambda: C.transpose(2, 3, np.array([0, 2, 1], "i4"), np.zeros(1, "i4")), "rowptr: expected values that never"),
-        (lambda: C.transpose(1, 3, np.array([0, 1], "i4"), np.array([3], "i4")), "col: expected indices inside"),
+        (lambda: C.Index(-1, 3, np.zeros(0, "i4"), np.zeros(0, "i4")), "shape: expected sizes from 0"),
+        (lambda: C.Index(1, 2**31, np.zeros(2, "i4"), np.zeros(0, "i4")), "shape: expected sizes from 0"),
+        (lambda: C.Index(1, 3, np.zeros(3, "i4"), np.zeros(0, "i4")), "rowptr: expected 2 elements"),
+        (lambda: ix.transposed(0), "threads: expected at least 1, got 0"),
         (lambda: C.Index.of_nonzeros(np.zeros(4, "f4"), None, 4, 1), "dense: expected two dimensions, got 1"),
         (lambda: C.Index.of_nonzeros(np.zeros((2**31, 0), "f4"), None, 0, 1), "dense: expected sizes from 0"),
         (lambda: C.Index.of_nonzeros(np.zeros((4, 4), "f4").T[:2], None, 9, 1), "dense: expected a C-contiguous array"),
@@ -317,7 +316,7 @@ def test_max_pool_geometry(place, value):
 def test_more_nonzeros_than_int32():
     many = as_strided(np.zeros(1, np.int32), (2**31,), (0,))
     with pytest.raises(ValueError, match="col: expected at most 2147483647 nonzeros, got 2147483648"):
-        C.Index(1, 1, np.zeros(2, np.int32), many, np.zeros(2, np.int32), many, many)
+        C.Index(1, 1, np.zeros(2, np.int32), many)
 
 
 def test_grad_values_need_x():

@@ -7,11 +7,26 @@ from conftest import close
 from torch import nn
 
 import sparsebreg as sb
+from sparsebreg import _extension
+from sparsebreg.optim import proxsgd
 
 
-@pytest.mark.parametrize("reg", plain.REGS, ids=repr)
+@pytest.fixture(params=["fused", "plain"])
+def path(request, monkeypatch):
+    """The native pass and the torch operations must do the same."""
+    if request.param == "plain":
+        monkeypatch.setattr(proxsgd, "native", lambda: None)
+    elif _extension.native() is None:
+        pytest.skip("needs the extension")
+
+
+#: The native pass exists for the first three; all others take the torch operations on either path.
+CASES = [("fused", reg) for reg in (sb.NoReg(), sb.L1(0.0), sb.L1(0.02))] + [("plain", reg) for reg in plain.REGS]
+
+
+@pytest.mark.parametrize(("path", "reg"), CASES, indirect=["path"], ids=repr)
 @pytest.mark.parametrize(("momentum", "decay", "shape"), [(0.0, 0.0, (4, 3, 2, 1)), (0.9, 0.01, (5, 8))])
-def test_formula(reg, momentum, decay, shape):
+def test_formula(reg, momentum, decay, shape, path):
     loss, start = plain.least_squares(shape)
     w = nn.Parameter(start)
     options = {"lr": 0.05, "momentum": momentum, "weight_decay": decay}
@@ -23,7 +38,7 @@ def test_formula(reg, momentum, decay, shape):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("maximize", [False, True])
-def test_without_regularizer_it_is_sgd(momentum, decay, maximize):
+def test_without_regularizer_it_is_sgd(momentum, decay, maximize, path):
     loss, start = plain.least_squares((5, 8))
     w, twin = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     options = {"lr": 0.02, "momentum": momentum, "weight_decay": decay, "maximize": maximize}
@@ -36,7 +51,29 @@ def test_without_regularizer_it_is_sgd(momentum, decay, maximize):
         close(w.detach(), twin.detach())
 
 
-def test_ends_at_the_minimiser_of_loss_plus_j():
+def test_active_mask_holds_everything_else_still(path):
+    loss, start = plain.least_squares((5, 8))
+    w = nn.Parameter(start)
+    optimizer = sb.ProxSGD([w], lr=0.05, momentum=0.9, reg=sb.L1(0.02))
+
+    def step():
+        optimizer.zero_grad()
+        loss(w).backward()
+        optimizer.step()
+
+    step()
+    mask = torch.arange(w.numel()).view(w.shape) % 3 != 1
+    optimizer.state[w]["active"] = mask
+    held, moments = w.detach().clone(), optimizer.state[w]["momentum_buffer"].clone()
+    version = w._version
+    step()
+    assert w._version > version
+    for now, before in ((w.detach(), held), (optimizer.state[w]["momentum_buffer"], moments)):
+        assert torch.equal(now[~mask], before[~mask])
+        assert not torch.equal(now[mask], before[mask])
+
+
+def test_ends_at_the_minimiser_of_loss_plus_j(path):
     """The optimality condition of the lasso: −∇L ∈ ∂J, without a bias on which of the zeros it is."""
     loss, start = plain.least_squares((5, 8))
     w, lam = nn.Parameter(start), 0.05

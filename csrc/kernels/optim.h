@@ -8,13 +8,18 @@ void in_pieces(const A& a, void (*masked)(const A&, int64_t, int64_t), void (*pl
   for (int64_t i = 0; i < pieces; ++i) (a.active ? masked : plain)(a, i * piece, least(piece, a.n - i * piece));
 }
 
-// p = z shrunk by threshold for z = delta * v. NaN passes through: both comparisons are false only for |z| <=
-// threshold.
+// z shrunk by threshold. NaN passes through: both comparisons are false only for |z| <= threshold.
+template <class T>
+SB_INLINE T shrunk(T z, T threshold) {
+  const T up = z - threshold, down = z + threshold;
+  return up > T(0) ? up : down < T(0) ? down : z - z;
+}
+
+// p = delta * v shrunk by threshold.
 template <class T, bool MASKED>
 void shrink(T* __restrict p, const T* __restrict v, const uint8_t* __restrict active, T delta, T threshold, int64_t n) {
   for (int64_t k = 0; k < n; ++k) {
-    const T z = delta * v[k], up = z - threshold, down = z + threshold;
-    const T w = up > T(0) ? up : down < T(0) ? down : z - z;
+    const T w = shrunk(delta * v[k], threshold);
     p[k] = !MASKED || active[k] ? w : p[k];
   }
 }
@@ -79,4 +84,32 @@ void adabreg_piece(const AdaStepArgs<T>& a, int64_t begin, int64_t n) {
 template <class T>
 void adabreg_step(const AdaStepArgs<T>& a) {
   in_pieces(a, adabreg_piece<T, true>, adabreg_piece<T, false>);
+}
+
+// One proximal gradient step: g' = sign * g + decay * p;  m = beta * m + g' (without m: m = g');
+// p = p - lr * m shrunk by lr * lam. There is no v.
+template <class T, bool MASKED>
+void proxsgd_piece(const StepArgs<T>& a, int64_t begin, int64_t n) {
+  const T lr = T(a.lr), beta = T(a.beta), threshold = T(a.lr * a.lam), decay = T(a.weight_decay), sign = T(a.sign);
+  T* __restrict p = a.p + begin;
+  const T* __restrict g = a.g + begin;
+  const uint8_t* __restrict active = MASKED ? a.active + begin : nullptr;
+  if (a.m) {
+    T* __restrict m = a.m + begin;
+    for (int64_t k = 0; k < n; ++k) {
+      const T moved = beta * m[k] + (sign * g[k] + decay * p[k]), w = shrunk(p[k] - lr * moved, threshold);
+      m[k] = !MASKED || active[k] ? moved : m[k];
+      p[k] = !MASKED || active[k] ? w : p[k];
+    }
+  } else {
+    for (int64_t k = 0; k < n; ++k) {
+      const T w = shrunk(p[k] - lr * (sign * g[k] + decay * p[k]), threshold);
+      p[k] = !MASKED || active[k] ? w : p[k];
+    }
+  }
+}
+
+template <class T>
+void proxsgd_step(const StepArgs<T>& a) {
+  in_pieces(a, proxsgd_piece<T, true>, proxsgd_piece<T, false>);
 }

@@ -14,7 +14,8 @@ constexpr int LANES = 16;  // images (or samples) side by side in the lane layou
 // plain: row-major (N, C, H, W) or (N, features); lanes: [ceil(N/16)][C][H][W][16]; channels_last: (N, H, W, C).
 enum class Layout : int { plain = 0, lanes = 1, channels_last = 2 };
 
-// The nonzeros of a (rows x cols) matrix in CSR order, and in CSC order through csc_to_csr. Validated by its owner.
+// The nonzeros of a (rows x cols) matrix in CSR order and, where grad_x of a linear layer is wanted, in CSC order
+// through csc_to_csr. Validated by its owner.
 struct Index {
   int64_t rows, cols, nnz;
   const int32_t* rowptr;      // rows + 1
@@ -83,7 +84,7 @@ struct PackArgs {
   int threads;
 };
 
-// A step of LinBreg on n weights.
+// A step of LinBreg on n weights, or of ProxSGD, which has neither v nor delta.
 template <class T>
 struct StepArgs {
   int64_t n;
@@ -163,6 +164,7 @@ struct Kernels {
   void (*unpack)(const PackArgs<T>&);
   void (*linbreg_step)(const StepArgs<T>&);
   void (*adabreg_step)(const AdaStepArgs<T>&);
+  void (*proxsgd_step)(const StepArgs<T>&);
   void (*max_pool_forward)(const PoolArgs<T>&);
   void (*max_pool_backward)(const PoolArgs<T>&);
   void (*norm_stats)(const NormArgs<T>&);

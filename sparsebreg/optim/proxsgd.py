@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from sparsebreg._extension import native
 from sparsebreg.errors import check_real, expected
-from sparsebreg.optim.base import BregmanOptimizer
-from sparsebreg.regularizers import Regularizer
+from sparsebreg.optim.base import BregmanOptimizer, shared
+from sparsebreg.regularizers import L1, NoReg, Regularizer
 
 
 class ProxSGD(BregmanOptimizer):
@@ -57,6 +58,20 @@ class ProxSGD(BregmanOptimizer):
     def _start(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         if group["momentum"] and "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
+
+    def _fused(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
+        C, reg, beta = native(), group["reg"], group["momentum"]
+        if C is None or type(reg) not in (L1, NoReg):
+            return False
+        arrays = shared(p, (p, p.grad, state["momentum_buffer"] if beta else None, state.get("active")))
+        if arrays is None:
+            return False
+        C.proxsgd_step(
+            *arrays, group["lr"], beta, getattr(reg, "lam", 0.0), group["weight_decay"], group["maximize"],
+            torch.get_num_threads(),
+        )  # fmt: skip
+        torch.autograd.graph.increment_version(p)  # written behind autograd's back
+        return True
 
     def _before_prox(
         self, params: list[Any], grads: list[Any], states: list[dict[str, Any]], group: dict[str, Any]

@@ -79,11 +79,11 @@ void check_shape(const char* name, int64_t rows, int64_t cols) {
 class NativeIndex {
  public:
   // Of marks from mark_nonzeros.
-  NativeIndex(int64_t rows, int64_t cols, int64_t nnz, const std::vector<uint64_t>& bits,
-              const std::vector<int32_t>& rowptr, int threads)
+  NativeIndex(int64_t rows, int64_t cols, int64_t nnz, const uint64_t* bits, const std::vector<int32_t>& rowptr,
+              int threads)
       : index{rows, cols, nnz}, storage_(size_t(rows + 1 + nnz)) {
     int32_t* col = std::copy(rowptr.begin(), rowptr.end(), storage_.data());
-    fill_columns(bits.data(), rows, cols, rowptr.data(), col, threads);
+    fill_columns(bits, rows, cols, rowptr.data(), col, threads);
     index.rowptr = storage_.data(), index.col = col;
   }
 
@@ -92,17 +92,17 @@ class NativeIndex {
     const int64_t nnz = col.size();
     if (nnz > INT32_MAX) refuse("col", "at most 2147483647 nonzeros", std::to_string(nnz));
     const int32_t* const from[] = {in<int32_t>("rowptr", rowptr, rows + 1), in<int32_t>("col", col, nnz)};
-    storage_.reserve(size_t(rows + 1 + nnz));
-    storage_.assign(from[0], from[0] + rows + 1);
-    storage_.insert(storage_.end(), from[1], from[1] + nnz);
-    index = Index{rows, cols, nnz, storage_.data(), storage_.data() + rows + 1};
+    storage_ = PoolArray<int32_t>(size_t(rows + 1 + nnz));
+    int32_t* own_col = std::copy(from[0], from[0] + rows + 1, storage_.data());
+    std::copy(from[1], from[1] + nnz, own_col);
+    index = Index{rows, cols, nnz, storage_.data(), own_col};
     if (const char* wrong = check_index(rows, cols, nnz, index.rowptr, index.col)) throw py::value_error(wrong);
   }
 
   // The index with its transpose, which is made when it is first asked for: convolutions and first layers need none.
   Index transposed(int threads) const {
     std::call_once(once_, [&] {
-      std::vector<int32_t> made(size_t(index.cols + 1 + 2 * index.nnz));
+      PoolArray<int32_t> made(size_t(index.cols + 1 + 2 * index.nnz));
       int32_t* row = made.data() + index.cols + 1;
       transpose_index(index.rows, index.cols, index.rowptr, index.col, made.data(), row, row + index.nnz, threads);
       transpose_ = std::move(made);
@@ -117,24 +117,10 @@ class NativeIndex {
   Index index;  // without its transpose
 
  private:
-  std::vector<int32_t> storage_;
-  mutable std::vector<int32_t> transpose_;
+  PoolArray<int32_t> storage_;
+  mutable PoolArray<int32_t> transpose_;
   mutable std::once_flag once_;
 };
-
-py::array_t<int32_t> copy_of(const int32_t* from, int64_t count) { return py::array_t<int32_t>(count, from); }
-
-// rowptr, col.
-py::tuple index_arrays(const NativeIndex& pattern) {
-  const Index& ix = pattern.index;
-  return py::make_tuple(copy_of(ix.rowptr, ix.rows + 1), copy_of(ix.col, ix.nnz));
-}
-
-// colptr, row, csc_to_csr.
-py::tuple transposed_arrays(const NativeIndex& pattern, int threads) {
-  const Index ix = pattern.transposed(check_threads(threads));
-  return py::make_tuple(copy_of(ix.colptr, ix.cols + 1), copy_of(ix.row, ix.nnz), copy_of(ix.csc_to_csr, ix.nnz));
-}
 
 Layout layout_of(const char* name, int layout, int last) {
   if (layout < 0 || layout > last) refuse(name, "0 to " + std::to_string(last), std::to_string(layout));
@@ -428,6 +414,25 @@ py::array pool_empty(const std::vector<py::ssize_t>& shape, const py::dtype& dty
   return py::array(dtype, shape, strides, block->data, owner);
 }
 
+py::array copy_of(const int32_t* from, int64_t count) {
+  if (count < 1 << 14) return py::array_t<int32_t>(count, from);
+  py::array copy = pool_empty({py::ssize_t(count)}, py::dtype::of<int32_t>(), false);
+  std::copy(from, from + count, static_cast<int32_t*>(copy.mutable_data()));
+  return copy;
+}
+
+// rowptr, col.
+py::tuple index_arrays(const NativeIndex& pattern) {
+  const Index& ix = pattern.index;
+  return py::make_tuple(copy_of(ix.rowptr, ix.rows + 1), copy_of(ix.col, ix.nnz));
+}
+
+// colptr, row, csc_to_csr.
+py::tuple transposed_arrays(const NativeIndex& pattern, int threads) {
+  const Index ix = pattern.transposed(check_threads(threads));
+  return py::make_tuple(copy_of(ix.colptr, ix.cols + 1), copy_of(ix.row, ix.nnz), copy_of(ix.csc_to_csr, ix.nnz));
+}
+
 template <class T>
 StepArgs<T> step_args(py::array& p, const py::array& g, Maybe& m, const Maybe& active, double lr, double beta,
                       double lam, double weight_decay, bool maximize, int threads) {
@@ -626,12 +631,12 @@ py::object index_of(const T* dense, int64_t rows, int64_t cols, const py::object
   {
     py::gil_scoped_release nogil;
     std::vector<int32_t> rowptr(size_t(rows + 1));
-    std::vector<uint64_t> bits(size_t(rows * row_words(cols)));
+    const PoolArray<uint64_t> bits(size_t(rows * row_words(cols)));
     const int64_t nnz = mark_nonzeros(dense, rows, cols, bits.data(), rowptr.data(), t);
     if (nnz < 0) refuse("mask", "at most 2147483647 nonzeros", "more");
     too_many = nnz > most;
     if (!too_many && (!old || !covers(old->rowptr, old->col, bits.data(), rows, cols, t)))
-      made = std::make_unique<NativeIndex>(rows, cols, nnz, bits, rowptr, t);
+      made = std::make_unique<NativeIndex>(rows, cols, nnz, bits.data(), rowptr, t);
   }
   if (too_many) return py::none();
   return made ? py::cast(std::move(made)) : known;

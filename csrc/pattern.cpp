@@ -70,6 +70,7 @@ bool covers(const int32_t* rowptr, const int32_t* col, const uint64_t* bits, int
   bool all = true;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(&& : all)
   for (int64_t r = 0; r < rows; ++r) {
+    if (!all) continue;  // one place is enough
     // Both ascend: after a word's last column of the pattern, none of its bits may be left.
     const uint64_t* word = bits + r * words;
     int32_t k = rowptr[r];

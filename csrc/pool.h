@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
+#include <utility>
 
 namespace sparsebreg {
 
@@ -21,5 +23,35 @@ size_t pool_limit(size_t bytes);
 
 // Bytes held and not in use.
 size_t pool_held();
+
+// `count` numbers of undefined content, from the pool where they are many.
+template <class T>
+class PoolArray {
+ public:
+  PoolArray() = default;
+  explicit PoolArray(size_t count) {
+    if (count * sizeof(T) < MANY)
+      few_.reset(new T[count]);
+    else
+      block_ = pool_take(count * sizeof(T), &size_);
+  }
+  PoolArray(PoolArray&& other) noexcept { *this = std::move(other); }
+  PoolArray& operator=(PoolArray&& other) noexcept {
+    std::swap(few_, other.few_);
+    std::swap(block_, other.block_);
+    std::swap(size_, other.size_);
+    return *this;
+  }
+  ~PoolArray() {
+    if (block_) pool_give(block_, size_);
+  }
+  T* data() const { return block_ ? static_cast<T*>(block_) : few_.get(); }
+
+ private:
+  static constexpr size_t MANY = size_t(64) << 10;  // smaller ones are reused by the C library
+  std::unique_ptr<T[]> few_;
+  void* block_ = nullptr;
+  size_t size_ = 0;
+};
 
 }  // namespace sparsebreg

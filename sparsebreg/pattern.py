@@ -246,7 +246,7 @@ class SparsePattern:
             raise ValueError(expected("dense", f"shape {self.shape}", tuple(dense.shape)))
         dense = dense.detach().contiguous()
         if (C := native()) is not None and dense.dtype in (torch.float32, torch.float64):
-            values = dense.new_empty(self.nnz)
+            values = memory.empty((self.nnz,), dense.dtype)
             C.gather(self.native_index(), dense.numpy(), values.numpy(), torch.get_num_threads())
             return values
         return dense.reshape(-1)[self.flat_index()]

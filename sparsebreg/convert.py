@@ -408,8 +408,14 @@ def _carry_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, layer: 
     if "frozen" not in state:  # else a checkpoint of this phase was loaded before the swap
         aside = {k: s for k, s in state.items() if _follows(s, layer.pattern.shape)}
         state = {k: layer.pattern.gather(s) if k in aside else s for k, s in state.items()}
-        state["frozen"] = aside
+        state["frozen"] = {k: s for k, s in aside.items() if k not in _forgotten(optimizer, layer.values)}
     optimizer.state[layer.values] = state
+
+
+def _forgotten(optimizer: torch.optim.Optimizer, values: nn.Parameter) -> tuple[str, ...]:
+    """State that is not kept for the weights outside of a frozen pattern, and is zero there after the thaw."""
+    group = next(g for g in optimizer.param_groups if any(p is values for p in g["params"]))
+    return () if group.get("keep_momentum", True) else ("momentum_buffer",)
 
 
 def _return_state(optimizer: torch.optim.Optimizer, layer: SparseLayer, weight: nn.Parameter) -> None:

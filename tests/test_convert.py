@@ -117,6 +117,30 @@ def test_optimizer_state_goes_both_ways(make, steps_before):
     train(model, optimizer, 1)
 
 
+@pytest.mark.parametrize("make", [sb.LinBreg, sb.ProxSGD])
+def test_momentum_outside_of_the_pattern_is_forgotten_where_asked(make):
+    model = network(0.3, torch.float64)
+    optimizer = make(sb.param_groups(model, sb.L1(0.5)), lr=0.01, momentum=0.9, keep_momentum=False)
+    train(model, optimizer, 2)
+    before = {n: copy.deepcopy(optimizer.state[p]) for n, p in model.named_parameters()}
+    masks = {n: p.detach() != 0 for n, p in model.named_parameters()}
+    report = sb.sparsify_(model, ALWAYS, optimizer=optimizer)
+    values = [p for n, p in model.named_parameters() if n.endswith(".values")]
+    assert len(values) == len(report.sparse) == 3
+    for p in values:
+        assert "momentum_buffer" not in optimizer.state[p]["frozen"]
+    sb.densify_(model, optimizer=optimizer)
+    for n, p in model.named_parameters():
+        expected = before[n]["momentum_buffer"]
+        if p.dim() > 1:
+            assert (expected[~masks[n]] != 0).any()
+            expected = expected * masks[n]
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], expected)
+        if make is sb.LinBreg:
+            assert torch.equal(optimizer.state[p]["dual"], before[n]["dual"])
+    train(model, optimizer, 1)
+
+
 def test_gradients_follow():
     model = network(0.3)
     model(torch.randn(2, 3, 8, 8)).sum().backward()

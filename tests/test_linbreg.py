@@ -174,6 +174,8 @@ def test_other_bad_options():
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="momentum: expected a number below 1"):
         sb.LinBreg([p], momentum=1.0)
+    with pytest.raises(TypeError, match="keep_momentum: expected True or False, got 'no'"):
+        sb.LinBreg([p], keep_momentum="no")
     with pytest.raises(ValueError, match="delta: expected a finite number above 0"):
         sb.LinBreg([p], delta=0.0)
     with pytest.raises(TypeError, match="lr: expected a real number, got 'fast'"):

@@ -93,6 +93,8 @@ def test_bad_options():
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="momentum: expected a number below 1"):
         sb.ProxSGD([p], momentum=1.0)
+    with pytest.raises(TypeError, match="keep_momentum: expected True or False, got 'no'"):
+        sb.ProxSGD([p], keep_momentum="no")
     with pytest.raises(ValueError, match="momentum: expected a finite number of at least 0"):
         sb.ProxSGD([{"params": [p], "momentum": -0.1}])
     with pytest.raises(TypeError, match="delta"):

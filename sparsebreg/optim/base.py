@@ -226,6 +226,14 @@ class BregmanOptimizer(torch.optim.Optimizer):
                 state["active"] = state["active"].bool()  # torch casts state to the parameter's dtype
 
 
+def check_momentum(options: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError naming the option."""
+    if check_real("momentum", options["momentum"], low=0) >= 1:
+        raise ValueError(expected("momentum", "a number below 1", options["momentum"]))
+    if not isinstance(options["keep_momentum"], bool):
+        raise TypeError(expected("keep_momentum", "True or False", repr(options["keep_momentum"])))
+
+
 def _check_dtype(p: torch.Tensor) -> None:
     if p.dtype not in (torch.float32, torch.float64):
         wanted = "float32 or float64 parameters (for mixed precision, compute under torch.autocast)"

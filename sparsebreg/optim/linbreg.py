@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from sparsebreg._extension import native
-from sparsebreg.errors import check_real, expected
-from sparsebreg.optim.base import BregmanOptimizer, shared
+from sparsebreg.optim.base import BregmanOptimizer, check_momentum, shared
 from sparsebreg.regularizers import L1, NoReg, Regularizer
 
 
@@ -33,6 +32,8 @@ class LinBreg(BregmanOptimizer):
         weight_decay: at least 0.
         reg: the regularizer J of groups that do not bring their own; default: none.
         maximize: ascend instead.
+        keep_momentum: keep the momentum of the weights outside of a frozen pattern for its thaw, where they go on with
+            it. Otherwise they start with none, and as many numbers as the layer has weights need not be kept.
 
     Raises:
         TypeError, ValueError: naming the option; TypeError for parameters that are neither float32 nor float64 (see
@@ -48,6 +49,7 @@ class LinBreg(BregmanOptimizer):
         weight_decay: float = 0.0,
         reg: Regularizer | None = None,
         maximize: bool = False,
+        keep_momentum: bool = True,
     ) -> None:
         super().__init__(
             params,
@@ -58,13 +60,13 @@ class LinBreg(BregmanOptimizer):
                 "weight_decay": weight_decay,
                 "reg": reg,
                 "maximize": maximize,
+                "keep_momentum": keep_momentum,
             },
         )
 
     def _check(self, options: dict[str, Any]) -> None:
         super()._check(options)
-        if check_real("momentum", options["momentum"], low=0) >= 1:
-            raise ValueError(expected("momentum", "a number below 1", options["momentum"]))
+        check_momentum(options)
 
     def _start(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         super()._start(p, state, group)

@@ -294,8 +294,8 @@ ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<i
     refuse("geometry", "channels and kernel size of the pattern's shape", "others");
   // Offsets inside a band are int32. A band is at least a tile high; bound it from above.
   const int64_t high = std::max(a.H, a.OH) + reach_y + 2 * int64_t(a.PH) + 8,
-                wide = a.W + a.OW + 2 * int64_t(a.PW) + reach_x + 32;
-  const int64_t band_rows = std::min<int64_t>(high, reach_y + 8 + (int64_t(1) << 20) / (wide * LANES * 4) + 8);
+                wide = a.W + a.OW + 2 * int64_t(a.PW) + reach_x + 32, border = std::max<int64_t>(reach_y, a.PH);
+  const int64_t band_rows = std::min<int64_t>(high, border + 8 + (int64_t(1) << 20) / (wide * LANES * 4) + 8);
   if (double(std::max(a.IC, a.OC)) * a.SH * a.SW * double(band_rows) * double(wide) * LANES > 2147483647.0)
     refuse("x", "a band of rows of less than 2**31 elements", "a larger image");
   a.x_layout = layout_of("x_layout", x_layout, 2);
@@ -355,7 +355,7 @@ void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<in
       a.y_norm = &behind;
     }
     if (sums) {
-      if (!a.x_relu || !a.grad_x || N < 1) refuse("sums", "a norm of x with a ReLU, and grad_x", "others");
+      if (!a.x || !a.x_relu || !a.grad_x || N < 1) refuse("sums", "a norm of x with a ReLU, and grad_x", "others");
       a.x_mean = in<T>("mean", std::get<0>(*sums), a.IC);
       a.x_sum_g = out<T>("sum_g", std::get<1>(*sums), a.IC);
       a.x_sum_gx = out<T>("sum_gx", std::get<2>(*sums), a.IC);

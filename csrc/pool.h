@@ -1,5 +1,5 @@
-// Large blocks for activations and gradients, kept when they are given back: PyTorch's CPU allocator maps and unmaps
-// them every step, and the page faults cost as much as sparse arithmetic. Safe across threads.
+// Large blocks for activations, gradients and indices, kept when they are given back: PyTorch's CPU allocator maps and
+// unmaps them every step, and the page faults cost as much as sparse arithmetic. Safe across threads.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,7 @@
 """Freezing and thawing: dense layers become sparse ones over their active weights, in place, and back.
 
 The optimizer's state follows: what it keeps per weight is gathered at the active places; the rest is set aside in the
-state (key ``frozen``) and comes back unchanged at the thaw.
+state (key ``frozen``) and comes back unchanged at the thaw (momentum only where the optimizer keeps it).
 """
 
 from __future__ import annotations
@@ -286,7 +286,12 @@ def carry_out(
         weight.grad = None
         weight.data = weight.data.new_empty(0)  # the memory is free until the thaw
     for name, mask in plan.masks.items():
-        optimizer.state[model.get_parameter(name)]["active"] = mask  # type: ignore[union-attr]
+        p = model.get_parameter(name)
+        state = optimizer.state[p]  # type: ignore[union-attr]
+        state["active"] = mask
+        for key in _forgotten(optimizer, p):
+            if key in state:
+                state[key] *= mask
 
 
 def sparsify_(
@@ -408,13 +413,14 @@ def _carry_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter, layer: 
     if "frozen" not in state:  # else a checkpoint of this phase was loaded before the swap
         aside = {k: s for k, s in state.items() if _follows(s, layer.pattern.shape)}
         state = {k: layer.pattern.gather(s) if k in aside else s for k, s in state.items()}
-        state["frozen"] = {k: s for k, s in aside.items() if k not in _forgotten(optimizer, layer.values)}
+        forgotten = _forgotten(optimizer, layer.values)
+        state["frozen"] = {k: s for k, s in aside.items() if k not in forgotten}
     optimizer.state[layer.values] = state
 
 
-def _forgotten(optimizer: torch.optim.Optimizer, values: nn.Parameter) -> tuple[str, ...]:
+def _forgotten(optimizer: torch.optim.Optimizer | None, p: nn.Parameter) -> tuple[str, ...]:
     """State that is not kept for the weights outside of a frozen pattern, and is zero there after the thaw."""
-    group = next(g for g in optimizer.param_groups if any(p is values for p in g["params"]))
+    group = _held(optimizer).get(id(p), {}) if optimizer is not None else {}
     return () if group.get("keep_momentum", True) else ("momentum_buffer",)
 
 

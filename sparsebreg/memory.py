@@ -1,4 +1,4 @@
-"""Memory of activations and gradients: large tensors come from a pool of huge-page blocks.
+"""Memory of activations, gradients and indices: large arrays come from a pool of huge-page blocks.
 
 A block goes back to the pool when the last tensor over it dies, and the next step finds it there, already mapped. The
 pool belongs to the native extension; without it, torch's own allocator serves.

@@ -192,9 +192,9 @@ class SparsePattern:
     def empty_channels(self) -> int:
         """Input features or channels (within the group) without an active weight."""
         channels = self.shape[1]
-        if not self.cols:
-            return channels
-        return int((self.colptr.diff().view(channels, -1).sum(1) == 0).sum())
+        used = np.zeros(self.cols, dtype=bool)
+        used[self.col.numpy()] = True
+        return channels - int(used.reshape(channels, -1).any(axis=1).sum()) if self.cols else channels
 
     def cached(self, key: Any, make: Any) -> Any:
         """What ``make()`` returned for this key; backends keep what they derive from the pattern here."""

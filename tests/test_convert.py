@@ -117,16 +117,19 @@ def test_optimizer_state_goes_both_ways(make, steps_before):
     train(model, optimizer, 1)
 
 
+@pytest.mark.parametrize("decide", ["always", "dense"])
 @pytest.mark.parametrize("make", [sb.LinBreg, sb.ProxSGD])
-def test_momentum_outside_of_the_pattern_is_forgotten_where_asked(make):
+def test_momentum_outside_of_the_pattern_is_forgotten_where_asked(make, decide):
+    """Whether its layer becomes a sparse one or stays dense with a mask."""
     model = network(0.3, torch.float64)
     optimizer = make(sb.param_groups(model, sb.L1(0.5)), lr=0.01, momentum=0.9, keep_momentum=False)
     train(model, optimizer, 2)
     before = {n: copy.deepcopy(optimizer.state[p]) for n, p in model.named_parameters()}
     masks = {n: p.detach() != 0 for n, p in model.named_parameters()}
-    report = sb.sparsify_(model, ALWAYS, optimizer=optimizer)
+    config = ALWAYS if decide == "always" else sb.SparsifyConfig(min_sparsity=1.0)
+    report = sb.sparsify_(model, config, optimizer=optimizer)
     values = [p for n, p in model.named_parameters() if n.endswith(".values")]
-    assert len(values) == len(report.sparse) == 3
+    assert len(values) == len(report.sparse) == (3 if decide == "always" else 0)
     for p in values:
         assert "momentum_buffer" not in optimizer.state[p]["frozen"]
     sb.densify_(model, optimizer=optimizer)

@@ -126,6 +126,16 @@ def test_active_mask_holds_everything_else_still(path):
         assert not torch.equal(optimizer.state[w][key][mask], before[key][mask])
 
 
+def test_checkpoint_of_a_version_without_an_option():
+    p = nn.Parameter(torch.ones(2))
+    saved = sb.LinBreg([p], lr=0.5).state_dict()
+    del saved["param_groups"][0]["keep_momentum"]
+    optimizer = sb.LinBreg([p], keep_momentum=False)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.param_groups[0]["keep_momentum"] is False
+
+
 def test_checkpoints(path):
     matrix, target, w = problem()
     groups = [{"params": [w], "reg": sb.L1(0.02)}]

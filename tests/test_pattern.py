@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sparsebreg as sb
 from sparsebreg import SparsePattern, _extension, pattern
 
 MASKS = {
@@ -49,6 +51,23 @@ def test_index_is_scipys(name, builder):
     assert np.array_equal(p.row, csc.indices)
     assert np.array_equal(p.col[p.csc_to_csr.long()], np.repeat(np.arange(p.cols), np.diff(csc.indptr)))
     assert torch.equal(p.mask(), mask)
+
+
+@pytest.mark.skipif(_extension.native() is None, reason="needs the extension")
+def test_transpose_is_made_once_and_only_when_asked_for():
+    model = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3), torch.nn.Flatten(), torch.nn.Linear(16, 40))
+    for m in (model[0], model[2]):
+        m.weight.data *= torch.rand_like(m.weight) < 0.1
+    report = sb.sparsify_(model, sb.SparsifyConfig(decide="always"))
+    assert len(report.sparse) == 2
+    model(torch.randn(16, 16, 3, 3)).sum().backward()
+    assert not any("transposed" in m.pattern._cache for m in (model[0], model[2]))
+    mask = torch.rand(300, 400, generator=torch.Generator().manual_seed(3)) < 0.5
+    index, known = SparsePattern.from_mask(mask).native_index(), SparsePattern.from_mask(mask)
+    with ThreadPoolExecutor(8) as pool:
+        for made in pool.map(lambda _: index.transposed(2), range(8)):
+            for ours, theirs in zip(made, (known.colptr, known.row, known.csc_to_csr), strict=True):
+                assert np.array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", MASKS)

@@ -398,8 +398,8 @@ SB_INLINE Tap tap_of(int k, int S, int D, int P) {
 constexpr int NO_PHASES[] = {0};  // of a source that is read without strides
 
 // The plan of the backward pass for grad_y: a band of it serves destination rows of grad_x (of one of SH * SW phases; a
-// nonzero belongs to exactly one) and the same rows of y. The nonzeros lie by input channel, phase and chunk of output
-// channels.
+// nonzero belongs to exactly one) and the same rows of y. The nonzeros lie by phase, chunk of output channels and input
+// channel.
 template <class T>
 struct BackShape {
   Tile tile;
@@ -521,11 +521,11 @@ void place_nonzeros(const ConvArgs<T>& a, int rows, T* value, BackShape<T>& s) {
 
 // grad_x[n][ic][iy][ix] = sum over active (oc, ky, kx) with iy + PH - ky*DH = oy*SH, ... of value *
 // grad_y[n][oc][oy][ox], for channels [r0, r1) and phase rows from j0 on; `out` where it goes through scratch;
-// `reduced` as in GatherTile. With grad_values, in the order of the lists, what the band adds to them too; `x` as plain
-// lanes of these rows, [IC][rows][W][16], where a.x lies otherwise.
+// `reduced` as in GatherTile. With grad_values, in the order of the lists, what the band adds to them too; `packed_x`:
+// x as lanes of these rows, [IC][rows][W][16], where a.x lies otherwise.
 template <class T>
 void grad_x_of_band(const ConvArgs<T>& a, const BackShape<T>& s, const T* band, int64_t nb, int j0, int64_t r0,
-                    int64_t r1, T* sums, T* out, T* reduced, T* grad_values, const T* x, bool past_the_caches) {
+                    int64_t r1, T* sums, T* out, T* reduced, T* grad_values, const T* packed_x, bool past_the_caches) {
   const Band& b = s.band;
   const int64_t plane = int64_t(a.H) * a.W;
   const int y0 = least(a.H, j0 * a.SH), y1 = least(a.H, (j0 + b.rows) * a.SH);
@@ -548,9 +548,9 @@ void grad_x_of_band(const ConvArgs<T>& a, const BackShape<T>& s, const T* band, 
   t.dst_channel = (out ? int64_t(y1 - y0) * a.W : plane) * LANES;
   t.dst_row = int64_t(a.SH) * a.W * LANES;
   t.dst_col = int64_t(a.SW) * LANES;
-  const T* own = x ? x : a.x + start;
+  const T* own = packed_x ? packed_x : a.x + start;
   t.grad_values = {grad_values, nullptr, true};
-  t.own.channel = x ? int64_t(b.rows) * a.SH * a.W * LANES : plane * LANES;
+  t.own.channel = packed_x ? int64_t(b.rows) * a.SH * a.W * LANES : plane * LANES;
   t.own.row = t.dst_row, t.own.col = t.dst_col;
   t.own.scale = a.x_scale ? a.x_scale + r0 : nullptr, t.own.shift = a.x_scale ? a.x_shift + r0 : nullptr;
   t.own.relu = a.x_relu;
@@ -622,11 +622,11 @@ void grad_values_of_band(const ConvArgs<T>& a, const ConvShape<T>& s, const T* b
 template <class T>
 void conv2d_backward(const ConvArgs<T>& a) {
   const int64_t nnz = a.index.nnz, width = nnz + a.OC;
-  if (a.grad_values)
-    for (int64_t k = 0; k < nnz; ++k) a.grad_values[k] = T(0);
-  if (a.grad_bias)
-    for (int64_t r = 0; r < a.OC; ++r) a.grad_bias[r] = T(0);
-  if (a.N == 0) return;
+  if (a.N == 0) {
+    for (int64_t k = 0; a.grad_values && k < nnz; ++k) a.grad_values[k] = T(0);
+    for (int64_t r = 0; a.grad_bias && r < a.OC; ++r) a.grad_bias[r] = T(0);
+    return;
+  }
   const bool through = a.grad_x && a.x_layout != Layout::lanes;
   const int OCg = a.OC / a.G, ICg = a.IC / a.G;
   const int64_t vector = LANES * int64_t(sizeof(T));
@@ -686,7 +686,7 @@ void conv2d_backward(const ConvArgs<T>& a) {
           const int32_t* ptr = back.ptr + int64_t(f) * a.IC;
           for (int32_t k = ptr[x0]; k < ptr[x1]; ++k) gv[k] = T(0);
         }
-      else
+      else if (apart)
         for (int32_t k = a.index.rowptr[r0]; k < a.index.rowptr[r1]; ++k) gv[k] = T(0);
       for (int64_t r = r0; r < r1; ++r) gb[r] = T(0);
       // Channels of grad_y to be read.

@@ -114,8 +114,8 @@ void linear_rows(const LinearPass<T>& p, const T* packed, int64_t tile, int l0, 
     constexpr bool whole = Vec<T>::n == LANES;
     for (int32_t k = p.ptr[d0]; !whole && !both->add && k < p.ptr[d1]; ++k) both->grad_values[p.order[k]] = T(0);
     t.grad_values = {both->grad_values, p.order, both->add || !whole};
+    t.own = OwnTile<T>{own, t.dst_channel, 0, LANES, nullptr, nullptr, false, LANES, 0, 0};
   }
-  if (both) t.own = OwnTile<T>{own, t.dst_channel, 0, LANES, nullptr, nullptr, false, LANES, 0, 0};
   for (int64_t d = d0; d < d1; d += run) {
     t.r0 = d;
     t.r1 = least(d1, d + run);

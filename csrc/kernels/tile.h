@@ -2,11 +2,9 @@
 //
 // A tile is TR x TC positions of LANES samples each. Its positions lie in `src` at row pitch `src_row` and column pitch
 // LANES; a nonzero shifts the whole tile by its offset. Forward and input gradient *gather* (the tile's sums stay in
-// registers while the nonzeros of one destination channel pass by), the value gradient *correlates* (the tile of the
-// output gradient stays in registers, every nonzero yields one sum).
-
-constexpr int PARTS_F32 = LANES / Vec<float>::n;
-constexpr int PARTS_F64 = LANES / Vec<double>::n;
+// registers while the nonzeros of one destination channel pass by), the value gradient *correlates* (a tile stays in
+// registers, every nonzero yields one sum). Both gradients together do both with one load: a tile of x and the sums of
+// its gradient stay while the output gradient passes by.
 
 // What a batch norm makes of x; one expression everywhere, so that a sign does not depend on who computes it.
 template <class T>
@@ -135,7 +133,8 @@ SB_INLINE void load_own(const OwnTile<T>& t, int64_t r, int part, V<T> (&own)[TR
   }
 }
 
-constexpr int AHEAD = 2;  // channels; their own values are fetched while others are summed
+constexpr int AHEAD = 2;  // channels whose own values are fetched while others are summed
+
 template <class T>
 struct GatherTile {
   const T* src;
@@ -313,7 +312,8 @@ void correlate_tile(const CorrelateTile<T>& t) {
   }
 }
 
-// Sums and own values of a tile fill sixteen registers.
+// Sums and own values of a tile fill sixteen registers. With no more than those some are spilled; smaller tiles are
+// slower still.
 constexpr int MAX_TILE = 8;
 
 template <class T>

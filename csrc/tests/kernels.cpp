@@ -212,6 +212,17 @@ void test_linear() {
                        compare("grad_x", gx, xs, grad_x);
                        compare("grad_values", gv, grad_values);
                        compare("grad_bias", gb, grad_bias);
+                       for (int only = 0; only < 3; ++only) {  // one gradient alone
+                         Buffer<T> x1(xs.size()), v1(p.index.nnz), b1(c.rows);
+                         a.grad_x = only == 0 ? x1.data : nullptr;
+                         a.grad_values = only == 1 ? v1.data : nullptr;
+                         a.grad_bias = only == 2 ? b1.data : nullptr;
+                         if (only) a.index.colptr = a.index.row = a.index.csc_to_csr = nullptr;
+                         kernels<T>().linear_backward(a);
+                         if (only == 0) compare("grad_x alone", x1, xs, grad_x);
+                         if (only == 1) compare("grad_values alone", v1, grad_values);
+                         if (only == 2) compare("grad_bias alone", b1, grad_bias);
+                       }
                      });
     }
   }
@@ -317,7 +328,8 @@ void test_conv2d() {
                   y_norm.mean = mb, y_norm.scale = mb, y_norm.slope = lb, y_norm.shift = b;
                   if (relu) y_norm.relu_scale = tb, y_norm.relu_shift = b;
                   ConvArgs<T> a{};
-                  a.index = p.index, a.N = N, a.IC = c.IC, a.H = c.H, a.W = c.W, a.OC = c.OC, a.OH = OH, a.OW = OW;
+                  a.index = p.index, a.index.colptr = a.index.row = a.index.csc_to_csr = nullptr;
+                  a.N = N, a.IC = c.IC, a.H = c.H, a.W = c.W, a.OC = c.OC, a.OH = OH, a.OW = OW;
                   a.KH = c.KH, a.KW = c.KW, a.SH = c.SH, a.SW = c.SW, a.PH = c.PH, a.PW = c.PW, a.DH = c.DH;
                   a.DW = c.DW, a.G = c.G, a.values = v, a.bias = b, a.x = in, a.y = out, a.grad_y = gy, a.grad_x = gx;
                   a.grad_values = gv, a.grad_bias = gb, a.x_layout = xl, a.y_layout = yl, a.threads = threads;
@@ -341,6 +353,17 @@ void test_conv2d() {
                   }
                   compare("grad_values", gv, grad_values);
                   compare("grad_bias", gb, grad_bias);
+                  for (int only = 0; only < 3; ++only) {  // one gradient alone
+                    Buffer<T> x1(xs.size()), v1(p.index.nnz), b1(c.OC);
+                    a.grad_x = only == 0 ? x1.data : nullptr;
+                    a.grad_values = only == 1 ? v1.data : nullptr;
+                    a.grad_bias = only == 2 ? b1.data : nullptr;
+                    if (only) a.x_sum_g = a.x_sum_gx = nullptr;
+                    kernels<T>().conv2d_backward(a);
+                    if (only == 0) compare("grad_x alone", x1, xs, grad_x);
+                    if (only == 1) compare("grad_values alone", v1, grad_values);
+                    if (only == 2) compare("grad_bias alone", b1, grad_bias);
+                  }
                 }
               });
         }

@@ -91,8 +91,8 @@ class BregmanOptimizer(torch.optim.Optimizer):
     """Base class: θ = prox_{δJ}(δ v) with a dual variable v that the subclass moves.
 
     State of a parameter: ``dual`` (v), what the subclass keeps, and while its pattern is frozen either ``frozen`` (it
-    is the ``values`` of a sparse layer: the dense state outside of the pattern, for the thaw) or ``active`` (it stayed
-    dense: the mask of the weights that may move).
+    is the ``values`` of a sparse layer: the dense state that the thaw brings back outside of the pattern) or ``active``
+    (it stayed dense: the mask of the weights that may move).
 
     Parameters are float32 or float64. For mixed precision keep them so and compute under ``torch.autocast``, with
     ``torch.amp.GradScaler`` if needed; half-precision parameters are refused, since v moves by far less than their
@@ -221,6 +221,9 @@ class BregmanOptimizer(torch.optim.Optimizer):
             for g in state_dict["param_groups"]
         ]
         super().load_state_dict({**state_dict, "param_groups": groups})
+        for group in self.param_groups:
+            for option, value in self.defaults.items():
+                group.setdefault(option, value)  # of a version that did not have it yet
         for state in self.state.values():
             if "active" in state:
                 state["active"] = state["active"].bool()  # torch casts state to the parameter's dtype

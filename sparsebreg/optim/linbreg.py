@@ -95,9 +95,6 @@ class LinBreg(BregmanOptimizer):
         if beta == 0:
             torch._foreach_sub_(duals, grads, alpha=lr)
             return
-        for p, s in zip(params, states, strict=True):
-            if "momentum_buffer" not in s:  # momentum was switched on later
-                s["momentum_buffer"] = torch.zeros_like(p)
         moments = [s["momentum_buffer"] for s in states]
         torch._foreach_mul_(moments, beta)
         torch._foreach_add_(moments, grads, alpha=(1 - beta) * lr)

@@ -296,7 +296,7 @@ void conv2d_forward(const ConvArgs<T>& a) {
   const int64_t blocks = div_up(a.N, LANES), bands = div_up(a.OH, b.rows);
   const int parts = split_channels(blocks * bands, a.threads, a.OC);
   const int64_t plane = int64_t(a.OH) * a.OW;
-  const bool past_the_caches = !through && should_stream(a.y, blocks * LANES * a.OC * plane * int64_t(sizeof(T)));
+  const bool past_the_caches = should_stream(a.y, blocks * LANES * a.OC * plane * int64_t(sizeof(T)));
   const int64_t line_size = int64_t(b.RB * b.SY + b.SY) * a.W * LANES;
   const TeamScratch<T> sources(slot_source, a.threads, b.C * b.channel + line_size + tile_sums(a.OC, st.chunks));
   // Moments of y are taken from the tiles where no two of them overlap.
@@ -333,7 +333,7 @@ void conv2d_forward(const ConvArgs<T>& a) {
       t.r0 = r0, t.r1 = r1;
       t.bias = a.bias ? a.bias + r0 : nullptr;
       t.sums = sums;
-      t.past_the_caches = past_the_caches;
+      t.past_the_caches = past_the_caches && !through;
       if (moments) {
         clear(out, 2 * (r1 - r0) * LANES);
         t.moments = out;
@@ -366,7 +366,7 @@ void conv2d_forward(const ConvArgs<T>& a) {
                   part_mean + task / parts * a.OC, part_m2 + task / parts * a.OC);
       if (through)
         write_block(Walk{a.y_layout, a.OC, plane}, a.y, nb, int(least<int64_t>(LANES, a.N - nb * LANES)), r0, r1,
-                    int64_t(row0) * a.OW, int64_t(rows) * a.OW, out, t.dst_channel);
+                    int64_t(row0) * a.OW, int64_t(rows) * a.OW, out, t.dst_channel, past_the_caches);
     }
     stream_fence();
     if (moments)
@@ -537,7 +537,7 @@ void grad_x_of_band(const ConvArgs<T>& a, const BackShape<T>& s, const T* band, 
   t.r0 = r0, t.r1 = r1;
   t.bias = nullptr;
   t.sums = sums;
-  t.past_the_caches = past_the_caches;
+  t.past_the_caches = past_the_caches && !out;
   const int64_t start = ((nb * a.IC + r0) * plane + int64_t(y0) * a.W) * LANES;
   T* dst = out ? out : a.grad_x + start;
   if (reduced) {
@@ -584,7 +584,7 @@ void grad_x_of_band(const ConvArgs<T>& a, const BackShape<T>& s, const T* band, 
   }
   if (out)
     write_block(Walk{a.x_layout, a.IC, plane}, a.grad_x, nb, int(least<int64_t>(LANES, a.N - nb * LANES)), r0, r1,
-                int64_t(y0) * a.W, int64_t(y1 - y0) * a.W, out, t.dst_channel);
+                int64_t(y0) * a.W, int64_t(y1 - y0) * a.W, out, t.dst_channel, past_the_caches);
 }
 
 // Adds to grad_values[k] the sum over a band's n, oy, ox of grad_y[n][oc][oy][ox] *
@@ -646,7 +646,7 @@ void conv2d_backward(const ConvArgs<T>& a) {
   T* sums = scratch<T>(slot_sums, width * teams + nnz);
   place_nonzeros(a, rows, sums + width * teams, back);
   const Band& b = back.band;
-  const bool past_the_caches = !through && should_stream(a.grad_x, blocks * a.IC * int64_t(a.H) * a.W * vector);
+  const bool past_the_caches = should_stream(a.grad_x, blocks * a.IC * int64_t(a.H) * a.W * vector);
   const int64_t grad_line = int64_t(b.RB + 1) * a.OW * LANES, chunk_sums = a.grad_x ? tile_sums(a.IC, back.chunks) : 0;
   const TeamScratch<T> grads(slot_grad, a.threads, b.C * b.channel + grad_line);
   // x for gradients of values: with its borders, or its rows alone where it has to be brought into the lane layout.

@@ -64,10 +64,13 @@ SB_INLINE void write_lanes(const V<T>* v, int live, int count, T* dst, ptrdiff_t
   }
 }
 
-// dst[lane*image + p] = src[p*src_step + lane] for p < len, lane < images.
+// dst[lane*image + p] = src[p*src_step + lane] for p < len, lane < images. `past_the_caches`: if all registers are
+// aligned.
 template <class T>
-void unpack_rows(const T* src, ptrdiff_t src_step, int64_t len, T* dst, ptrdiff_t image, int images) {
+void unpack_rows(const T* src, ptrdiff_t src_step, int64_t len, T* dst, ptrdiff_t image, int images,
+                 bool past_the_caches = false) {
   constexpr int n = Vec<T>::n;
+  past_the_caches = past_the_caches && image % n == 0 && reinterpret_cast<uintptr_t>(dst) % sizeof(V<T>) == 0;
   for (int part = 0; part < images; part += n) {
     const int live = least(n, images - part);
     T* d = dst + part * image;
@@ -76,7 +79,7 @@ void unpack_rows(const T* src, ptrdiff_t src_step, int64_t len, T* dst, ptrdiff_
       V<T> a[n];
       for (int i = 0; i < n; ++i) a[i] = load(src + (p + i) * src_step + part);
       transpose<T>(a);
-      for (int i = 0; i < live; ++i) store(d + i * image + p, a[i]);
+      for (int i = 0; i < live; ++i) store_or_stream(d + i * image + p, a[i], past_the_caches);
     }
     for (; p < len; ++p)
       for (int i = 0; i < live; ++i) d[i * image + p] = src[p * src_step + part + i];
@@ -125,14 +128,15 @@ void read_block(const Walk& w, const T* data, int64_t nb, int images, int64_t c0
 // The other way, for plain and channels_last tensors.
 template <class T>
 void write_block(const Walk& w, T* data, int64_t nb, int images, int64_t c0, int64_t c1, int64_t p, int64_t len,
-                 const T* src, int64_t src_channel) {
+                 const T* src, int64_t src_channel, bool past_the_caches) {
   if (w.layout == Layout::channels_last) {
     for (int64_t i = 0; i < len; ++i)
-      unpack_rows(src + i * LANES, src_channel, c1 - c0, data + w.at(nb, c0, p + i), w.image(), images);
+      unpack_rows(src + i * LANES, src_channel, c1 - c0, data + w.at(nb, c0, p + i), w.image(), images,
+                  past_the_caches);
     return;
   }
   for (int64_t c = c0; c < c1; ++c, src += src_channel)
-    unpack_rows(src, LANES, len, data + w.at(nb, c, p), w.image(), images);
+    unpack_rows(src, LANES, len, data + w.at(nb, c, p), w.image(), images, past_the_caches);
 }
 
 template <class T>
@@ -156,10 +160,15 @@ template <class T>
 void unpack(const PackArgs<T>& a) {
   const int64_t L = a.C * a.P, blocks = div_up(a.N, LANES);
   const int64_t step = most<int64_t>(LANES, 4096), pieces = div_up(L, step);
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
-  for (int64_t t = 0; t < blocks * pieces; ++t) {
-    const int64_t b = t / pieces, p = t % pieces * step;
-    unpack_rows(a.src + (b * L + p) * LANES, LANES, least(step, L - p), a.dst + b * LANES * L + p, L,
-                int(least<int64_t>(LANES, a.N - b * LANES)));
+  const bool past_the_caches = should_stream(a.dst, a.N * L * int64_t(sizeof(T)));
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < blocks * pieces; ++t) {
+      const int64_t b = t / pieces, p = t % pieces * step;
+      unpack_rows(a.src + (b * L + p) * LANES, LANES, least(step, L - p), a.dst + b * LANES * L + p, L,
+                  int(least<int64_t>(LANES, a.N - b * LANES)), past_the_caches);
+    }
+    stream_fence();
   }
 }

@@ -38,22 +38,23 @@ __all__ = ["Calibration", "calibrate"]
 #: a, b, c by kind of layer, then by how it is computed; float32.
 Costs = dict[str, dict[str, tuple[float, float, float]]]
 
-#: Measured with AVX-512 (2 processors, torch 2.13): within 10 to 25 % (rms) of linear layers from 128 x 128 to
-#: 2048 x 2048 and of convolutions from 32 to 512 channels, at 20 to 1 % density. Pointwise ones are a compromise: torch
-#: maps and unmaps tensors of many MB at every step, so that a number costs up to twice as much at batch 128 as at 32.
+#: Measured with AVX-512 (2 processors, torch 2.13): within 10 to 25 % (rms) of linear layers from 784 x 512 to
+#: 4096 x 4096 and of convolutions from 64 to 512 channels, batch 128, at 10 to 1 % density. Pointwise ones are a
+#: compromise: torch maps and unmaps tensors of many MB at every step, so that a number costs up to twice as much at batch
+#: 128 as at 32.
 SHIPPED: Costs = {
-    "linear": {"dense": (0.0596, 1.57, 118e3), "sparse": (0.218, 3.81, 117e3)},
+    "linear": {"dense": (0.047, 0.9, 58e3), "sparse": (0.130, 2.35, 95e3)},
     "conv": {
-        "dense": (0.0396, 5.40, 120e3),
-        "channels_last": (0.0433, 1.66, 120e3),
-        "sparse": (0.103, 2.97, 120e3),
-        "lanes": (0.105, 2.19, 120e3),
+        "dense": (0.0300, 5.50, 150e3),
+        "channels_last": (0.0320, 2.80, 150e3),
+        "sparse": (0.083, 2.10, 150e3),
+        "lanes": (0.077, 1.35, 150e3),
     },
     "pointwise": {
-        "dense": (0.0488, 6.0, 120e3),
-        "channels_last": (0.0533, 1.3, 120e3),
-        "sparse": (0.184, 2.0, 120e3),
-        "lanes": (0.188, 1.0, 120e3),
+        "dense": (0.0300, 5.7, 150e3),
+        "channels_last": (0.0450, 1.3, 150e3),
+        "sparse": (0.115, 1.65, 150e3),
+        "lanes": (0.105, 1.1, 150e3),
     },
 }
 

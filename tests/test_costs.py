@@ -79,10 +79,10 @@ def test_predicted_time_is_the_formula(layer, x_shape, count, padded, io, kind, 
     assert count == y.numel() // (layer.weight.shape[0])
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(300, 200), nn.Conv2d(32, 64, 3), nn.Conv2d(128, 128, 1, 2)])
+@pytest.mark.parametrize("layer", [nn.Linear(900, 700), nn.Conv2d(32, 64, 3), nn.Conv2d(128, 128, 1, 2)])
 @pytest.mark.parametrize("n", [16, 40])
 def test_both_take_as_long_at_the_break_even(layer, n):
-    x_shape = (n, 300) if isinstance(layer, nn.Linear) else (n, layer.in_channels, 9, 9)
+    x_shape = (n, 900) if isinstance(layer, nn.Linear) else (n, layer.in_channels, 9, 9)
     dense = "dense" if isinstance(layer, nn.Linear) else "channels_last"
     load = Load.of(layer, x_shape)
     density = load.break_even(SHIPPED, "sparse", dense)
@@ -115,11 +115,11 @@ def test_what_the_model_does_not_know():
 
 def test_strided_pointwise_convolution_on_plain_tensors(on_native, one_thread):
     """Alone and between channels_last tensors it stays dense; other formats and neighbours make it worth while."""
-    x = torch.randn(32, 64, 32, 32)
+    x = torch.randn(32, 40, 32, 32)
     last = x.contiguous(memory_format=torch.channels_last)
 
     def layer():
-        return fill(nn.Conv2d(64, 128, 1, stride=2), 0.15)
+        return fill(nn.Conv2d(40, 64, 1, stride=2), 0.18)
 
     def report(model, x):
         return sb.sparsify_(model, sb.SparsifyConfig(example_input=x)).layers[0]
@@ -129,8 +129,8 @@ def test_strided_pointwise_convolution_on_plain_tensors(on_native, one_thread):
     assert alone.action == "dense"
     assert sparse > dense
     assert report(nn.Sequential(layer()), x).action == "sparse"
-    assert report(nn.Sequential(layer(), fill(nn.Conv2d(128, 64, 3), 0.15)), last).action == "sparse"
-    few = report(nn.Sequential(layer(), fill(nn.Conv2d(128, 64, 3), 0.15)), last[:8])  # too few to fill the lanes
+    assert report(nn.Sequential(layer(), fill(nn.Conv2d(64, 64, 3), 0.15)), last).action == "sparse"
+    few = report(nn.Sequential(layer(), fill(nn.Conv2d(64, 64, 3), 0.15)), last[:8])  # too few to fill the lanes
     assert few.action == "dense"
 
 

@@ -40,8 +40,8 @@ Costs = dict[str, dict[str, tuple[float, float, float]]]
 
 #: Measured with AVX-512 (2 processors, torch 2.13): within 10 to 25 % (rms) of linear layers from 784 x 512 to
 #: 4096 x 4096 and of convolutions from 64 to 512 channels, batch 128, at 10 to 1 % density. Pointwise ones are a
-#: compromise: torch maps and unmaps tensors of many MB at every step, so that a number costs up to twice as much at batch
-#: 128 as at 32.
+#: compromise: torch maps and unmaps tensors of many MB at every step, so that a number costs up to twice as much at
+#: batch 128 as at 32.
 SHIPPED: Costs = {
     "linear": {"dense": (0.047, 0.9, 58e3), "sparse": (0.130, 2.35, 95e3)},
     "conv": {

@@ -220,10 +220,11 @@ class BregmanOptimizer(torch.optim.Optimizer):
             {**g, "reg": regularizers.from_state_dict(g["reg"]) if isinstance(g["reg"], dict) else g["reg"]}
             for g in state_dict["param_groups"]
         ]
+        options = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
         super().load_state_dict({**state_dict, "param_groups": groups})
-        for group in self.param_groups:
-            for option, value in self.defaults.items():
-                group.setdefault(option, value)  # of a version that did not have it yet
+        for group, own in zip(self.param_groups, options, strict=True):
+            for option, value in own.items():
+                group.setdefault(option, value)  # what the version that saved it did not have yet
         for state in self.state.values():
             if "active" in state:
                 state["active"] = state["active"].bool()  # torch casts state to the parameter's dtype

@@ -16,6 +16,7 @@
 #include <variant>
 #include <vector>
 
+#include "array.h"
 #include "dispatch.h"
 #include "memory.h"
 #include "pattern.h"
@@ -26,37 +27,36 @@ namespace py = pybind11;
 namespace sparsebreg {
 namespace {
 
-std::string dtype_name(const py::array& a) { return py::str(static_cast<py::handle>(a.dtype())); }
-
 [[noreturn]] void refuse(const char* name, const std::string& wanted, const std::string& got) {
   throw py::value_error(std::string(name) + ": expected " + wanted + ", got " + got);
 }
 
-void check(const char* name, const py::array& a, const py::dtype& dtype, int64_t size, bool writable) {
-  if (!a.dtype().is(dtype) && !a.dtype().equal(dtype))
+template <class T>
+void check(const char* name, const Array& a, int64_t size, bool writable) {
+  if (!a.is<T>())
     throw py::type_error(std::string(name) + ": expected dtype " +
-                         std::string(py::str(static_cast<py::handle>(dtype))) + ", got " + dtype_name(a));
-  if (!(a.flags() & py::array::c_style)) refuse(name, "a C-contiguous array", "a strided one");
-  if (int64_t(a.size()) != size) refuse(name, std::to_string(size) + " elements", std::to_string(a.size()));
-  if (writable && !a.writeable()) refuse(name, "a writable array", "a read-only one");
+                         std::string(py::str(static_cast<py::handle>(py::dtype::of<T>()))) + ", got " + a.dtype_name());
+  if (!a.contiguous) refuse(name, "a C-contiguous array", "a strided one");
+  if (a.size != size) refuse(name, std::to_string(size) + " elements", std::to_string(a.size));
+  if (writable && !a.writable) refuse(name, "a writable array", "a read-only one");
 }
 
 template <class T>
-T* out(const char* name, py::array& a, int64_t size) {
-  check(name, a, py::dtype::of<T>(), size, true);
-  return static_cast<T*>(a.mutable_data());
+T* out(const char* name, const Array& a, int64_t size) {
+  check<T>(name, a, size, true);
+  return static_cast<T*>(const_cast<void*>(a.data));
 }
 
 template <class T>
-const T* in(const char* name, const py::array& a, int64_t size) {
-  check(name, a, py::dtype::of<T>(), size, false);
-  return static_cast<const T*>(a.data());
+const T* in(const char* name, const Array& a, int64_t size) {
+  check<T>(name, a, size, false);
+  return static_cast<const T*>(a.data);
 }
 
-using Maybe = std::optional<py::array>;
+using Maybe = std::optional<Array>;
 
 template <class T>
-T* maybe_out(const char* name, Maybe& a, int64_t size) {
+T* maybe_out(const char* name, const Maybe& a, int64_t size) {
   return a ? out<T>(name, *a, size) : nullptr;
 }
 
@@ -87,9 +87,9 @@ class NativeIndex {
     index.rowptr = storage_.data(), index.col = col;
   }
 
-  NativeIndex(int64_t rows, int64_t cols, const py::array& rowptr, const py::array& col) {
+  NativeIndex(int64_t rows, int64_t cols, const Array& rowptr, const Array& col) {
     check_shape("shape", rows, cols);
-    const int64_t nnz = col.size();
+    const int64_t nnz = col.size;
     if (nnz > INT32_MAX) refuse("col", "at most 2147483647 nonzeros", std::to_string(nnz));
     const int32_t* const from[] = {in<int32_t>("rowptr", rowptr, rows + 1), in<int32_t>("col", col, nnz)};
     storage_ = PoolArray<int32_t>(size_t(rows + 1 + nnz));
@@ -143,10 +143,10 @@ int team(int threads, double multiply_adds) {
 }
 
 template <class F>
-void for_dtype(const py::array& values, F f) {
-  if (values.dtype().is(py::dtype::of<float>())) return f(float(0));
-  if (values.dtype().is(py::dtype::of<double>())) return f(double(0));
-  throw py::type_error("values: expected dtype float32 or float64, got " + dtype_name(values));
+void for_dtype(const Array& values, F f) {
+  if (values.is<float>()) return f(float(0));
+  if (values.is<double>()) return f(double(0));
+  throw py::type_error("values: expected dtype float32 or float64, got " + values.dtype_name());
 }
 
 template <class T>
@@ -165,7 +165,7 @@ void check_batch(int64_t N) {
 }
 
 template <class T>
-LinearArgs<T> linear_args(const NativeIndex& pattern, int64_t N, int x_layout, int y_layout, const py::array& values,
+LinearArgs<T> linear_args(const NativeIndex& pattern, int64_t N, int x_layout, int y_layout, const Array& values,
                           int threads) {
   check_batch(N);
   const Index& ix = pattern.index;
@@ -179,8 +179,8 @@ LinearArgs<T> linear_args(const NativeIndex& pattern, int64_t N, int x_layout, i
   return a;
 }
 
-void linear_forward(const NativeIndex& pattern, int64_t N, const py::array& x, int x_layout, const py::array& values,
-                    const Maybe& bias, py::array y, int y_layout, int threads) {
+void linear_forward(const NativeIndex& pattern, int64_t N, const Array& x, int x_layout, const Array& values,
+                    const Maybe& bias, const Array& y, int y_layout, int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
     LinearArgs<T> a = linear_args<T>(pattern, N, x_layout, y_layout, values, threads);
@@ -194,8 +194,8 @@ void linear_forward(const NativeIndex& pattern, int64_t N, const py::array& x, i
 
 // Sizes of x and y, then everything that backward passes of linear and convolution layers share.
 template <class Args>
-void check_backward(Args& a, int64_t x_size, int64_t y_size, const py::array& grad_y, const Maybe& x, Maybe& grad_x,
-                    Maybe& grad_values, Maybe& grad_bias) {
+void check_backward(Args& a, int64_t x_size, int64_t y_size, const Array& grad_y, const Maybe& x, const Maybe& grad_x,
+                    const Maybe& grad_values, const Maybe& grad_bias) {
   using T = std::remove_pointer_t<decltype(a.y)>;
   a.grad_y = in<T>("grad_y", grad_y, y_size);
   a.x = maybe_in<T>("x", x, x_size);
@@ -205,9 +205,9 @@ void check_backward(Args& a, int64_t x_size, int64_t y_size, const py::array& gr
   if (a.grad_values && !a.x) refuse("x", "the input of the layer, for grad_values", "None");
 }
 
-void linear_backward(const NativeIndex& pattern, int64_t N, const py::array& grad_y, int y_layout, const Maybe& x,
-                     int x_layout, const py::array& values, Maybe grad_x, Maybe grad_values, Maybe grad_bias,
-                     int threads) {
+void linear_backward(const NativeIndex& pattern, int64_t N, const Array& grad_y, int y_layout, const Maybe& x,
+                     int x_layout, const Array& values, const Maybe& grad_x, const Maybe& grad_values,
+                     const Maybe& grad_bias, int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
     LinearArgs<T> a = linear_args<T>(pattern, N, x_layout, y_layout, values, threads);
@@ -221,7 +221,7 @@ void linear_backward(const NativeIndex& pattern, int64_t N, const py::array& gra
 
 // Arguments with x in place; `size` is its number of elements.
 template <class T>
-NormArgs<T> norm_args(int64_t N, int64_t C, int64_t P, const py::array& x, int64_t* size, int threads) {
+NormArgs<T> norm_args(int64_t N, int64_t C, int64_t P, const Array& x, int64_t* size, int threads) {
   if (N < 1 || C < 1 || P < 1) refuse("x", "at least one sample, channel and position", "none");
   NormArgs<T> a{};
   a.N = N, a.C = C, a.P = P;
@@ -232,12 +232,12 @@ NormArgs<T> norm_args(int64_t N, int64_t C, int64_t P, const py::array& x, int64
 }
 
 // What tells where a ReLU behind a norm lets a gradient pass: its result, or (scale, shift) that x became it with.
-using Gate = std::variant<std::monostate, py::array, std::pair<py::array, py::array>>;
+using Gate = std::variant<std::monostate, Array, std::pair<Array, Array>>;
 
 // What both passes of the gradient take.
 template <class T>
-NormArgs<T> norm_grad_args(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y,
-                           const Gate& gate, const py::array& mean, int64_t* size, int threads) {
+NormArgs<T> norm_grad_args(int64_t N, int64_t C, int64_t P, const Array& x, const Array& grad_y, const Gate& gate,
+                           const Array& mean, int64_t* size, int threads) {
   NormArgs<T> a = norm_args<T>(N, C, P, x, size, threads);
   a.grad_y = in<T>("grad_y", grad_y, *size);
   if (auto* result = std::get_if<1>(&gate)) a.result = in<T>("result", *result, *size);
@@ -250,11 +250,11 @@ NormArgs<T> norm_grad_args(int64_t N, int64_t C, int64_t P, const py::array& x, 
 }
 
 // A norm that a gradient is still to go through: x, the gate, mean, scale, slope, shift.
-using BackNorm = std::tuple<py::array, Gate, py::array, py::array, py::array, py::array>;
+using BackNorm = std::tuple<Array, Gate, Array, Array, Array, Array>;
 
 template <class T>
-NormArgs<T> back_norm_args(int64_t N, int64_t C, int64_t P, const BackNorm& norm, const py::array& grad_y,
-                           int64_t* size, int threads) {
+NormArgs<T> back_norm_args(int64_t N, int64_t C, int64_t P, const BackNorm& norm, const Array& grad_y, int64_t* size,
+                           int threads) {
   const auto& [x, gate, mean, scale, slope, shift] = norm;
   NormArgs<T> a = norm_grad_args<T>(N, C, P, x, grad_y, gate, mean, size, threads);
   a.scale = in<T>("scale", scale, C);
@@ -265,7 +265,7 @@ NormArgs<T> back_norm_args(int64_t N, int64_t C, int64_t P, const BackNorm& norm
 
 template <class T>
 ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, int x_layout,
-                      int y_layout, const py::array& values, int threads) {
+                      int y_layout, const Array& values, int threads) {
   check_batch(N);
   if (geometry.size() != 13)
     refuse("geometry", "(IC, H, W, OC, KH, KW, SH, SW, PH, PW, DH, DW, G)",
@@ -306,7 +306,7 @@ ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<i
 }
 
 // (scale, shift, relu) of a norm that x is still to go through.
-using MaybeNorm = std::optional<std::tuple<py::array, py::array, bool>>;
+using MaybeNorm = std::optional<std::tuple<Array, Array, bool>>;
 
 template <class T>
 void set_norm(ConvArgs<T>& a, const MaybeNorm& norm) {
@@ -317,9 +317,9 @@ void set_norm(ConvArgs<T>& a, const MaybeNorm& norm) {
   a.x_relu = std::get<2>(*norm);
 }
 
-void conv2d_forward(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, const py::array& x,
-                    int x_layout, const MaybeNorm& norm, const py::array& values, const Maybe& bias, py::array y,
-                    int y_layout, std::optional<std::pair<py::array, py::array>> moments, int threads) {
+void conv2d_forward(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, const Array& x,
+                    int x_layout, const MaybeNorm& norm, const Array& values, const Maybe& bias, const Array& y,
+                    int y_layout, std::optional<std::pair<Array, Array>> moments, int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
     ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout, values, threads);
@@ -337,10 +337,10 @@ void conv2d_forward(const NativeIndex& pattern, int64_t N, const std::vector<int
   });
 }
 
-void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, const py::array& grad_y,
+void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, const Array& grad_y,
                      int y_layout, const std::optional<BackNorm>& y_norm, const Maybe& x, int x_layout,
-                     const MaybeNorm& norm, std::optional<std::tuple<py::array, py::array, py::array>> sums,
-                     const py::array& values, Maybe grad_x, Maybe grad_values, Maybe grad_bias, int threads) {
+                     const MaybeNorm& norm, std::optional<std::tuple<Array, Array, Array>> sums, const Array& values,
+                     const Maybe& grad_x, const Maybe& grad_values, const Maybe& grad_bias, int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
     ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout, values, threads);
@@ -365,7 +365,7 @@ void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<in
   });
 }
 
-void repack(bool packing, int64_t N, int64_t C, int64_t P, const py::array& src, py::array dst, int threads) {
+void repack(bool packing, int64_t N, int64_t C, int64_t P, const Array& src, const Array& dst, int threads) {
   check_batch(N);
   for_dtype(src, [&](auto zero) {
     using T = decltype(zero);
@@ -434,9 +434,9 @@ py::tuple transposed_arrays(const NativeIndex& pattern, int threads) {
 }
 
 template <class T>
-StepArgs<T> step_args(py::array& p, const py::array& g, Maybe& m, const Maybe& active, double lr, double beta,
+StepArgs<T> step_args(const Array& p, const Array& g, const Maybe& m, const Maybe& active, double lr, double beta,
                       double lam, double weight_decay, bool maximize, int threads) {
-  const int64_t n = p.size();
+  const int64_t n = p.size;
   StepArgs<T> a{};
   a.n = n;
   a.p = out<T>("p", p, n);
@@ -449,8 +449,8 @@ StepArgs<T> step_args(py::array& p, const py::array& g, Maybe& m, const Maybe& a
   return a;
 }
 
-void linbreg_step(py::array p, const py::array& g, py::array v, Maybe m, const Maybe& active, double lr, double beta,
-                  double delta, double lam, double weight_decay, bool maximize, int threads) {
+void linbreg_step(const Array& p, const Array& g, const Array& v, const Maybe& m, const Maybe& active, double lr,
+                  double beta, double delta, double lam, double weight_decay, bool maximize, int threads) {
   for_dtype(p, [&](auto zero) {
     using T = decltype(zero);
     StepArgs<T> a = step_args<T>(p, g, m, active, lr, beta, lam, weight_decay, maximize, threads);
@@ -461,8 +461,8 @@ void linbreg_step(py::array p, const py::array& g, py::array v, Maybe m, const M
   });
 }
 
-void proxsgd_step(py::array p, const py::array& g, Maybe m, const Maybe& active, double lr, double beta, double lam,
-                  double weight_decay, bool maximize, int threads) {
+void proxsgd_step(const Array& p, const Array& g, const Maybe& m, const Maybe& active, double lr, double beta,
+                  double lam, double weight_decay, bool maximize, int threads) {
   for_dtype(p, [&](auto zero) {
     using T = decltype(zero);
     const StepArgs<T> a = step_args<T>(p, g, m, active, lr, beta, lam, weight_decay, maximize, threads);
@@ -471,12 +471,12 @@ void proxsgd_step(py::array p, const py::array& g, Maybe m, const Maybe& active,
   });
 }
 
-void adabreg_step(py::array p, const py::array& g, py::array v, py::array m, py::array s, const Maybe& active,
+void adabreg_step(const Array& p, const Array& g, const Array& v, const Array& m, const Array& s, const Maybe& active,
                   double lr, double beta1, double beta2, double eps, double correction1, double correction2,
                   double delta, double lam, double weight_decay, bool decoupled, bool maximize, int threads) {
   for_dtype(p, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t n = p.size();
+    const int64_t n = p.size;
     AdaStepArgs<T> a{n,
                      out<T>("p", p, n),
                      in<T>("g", g, n),
@@ -502,8 +502,8 @@ void adabreg_step(py::array p, const py::array& g, py::array v, py::array m, py:
 }
 
 // geometry: H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW. Without grad_y: forward into y and codes; else into grad_x.
-void max_pool(int64_t planes, const std::vector<int>& geometry, const Maybe& x, Maybe y, py::array codes,
-              const Maybe& grad_y, Maybe grad_x, int threads) {
+void max_pool(int64_t planes, const std::vector<int>& geometry, const Maybe& x, const Maybe& y, const Array& codes,
+              const Maybe& grad_y, const Maybe& grad_x, int threads) {
   const bool forward = x.has_value();
   if (forward ? !y : !(grad_y && grad_x)) refuse("x", "x and y, or grad_y and grad_x", "others");
   if (planes < 0) refuse("planes", "at least 0", std::to_string(planes));
@@ -542,7 +542,7 @@ void max_pool(int64_t planes, const std::vector<int>& geometry, const Maybe& x, 
   });
 }
 
-void norm_stats(int64_t N, int64_t C, int64_t P, const py::array& x, py::array mean, py::array var, int threads) {
+void norm_stats(int64_t N, int64_t C, int64_t P, const Array& x, const Array& mean, const Array& var, int threads) {
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     int64_t size;
@@ -554,9 +554,9 @@ void norm_stats(int64_t N, int64_t C, int64_t P, const py::array& x, py::array m
   });
 }
 
-void norm_apply(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& scale, const py::array& shift,
-                const Maybe& residual, const std::optional<std::pair<py::array, py::array>>& residual_norm, bool relu,
-                py::array y, int threads) {
+void norm_apply(int64_t N, int64_t C, int64_t P, const Array& x, const Array& scale, const Array& shift,
+                const Maybe& residual, const std::optional<std::pair<Array, Array>>& residual_norm, bool relu,
+                const Array& y, int threads) {
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     int64_t size;
@@ -575,8 +575,9 @@ void norm_apply(int64_t N, int64_t C, int64_t P, const py::array& x, const py::a
   });
 }
 
-void norm_reduce(int64_t N, int64_t C, int64_t P, const py::array& x, const py::array& grad_y, const Maybe& grad_more,
-                 const Gate& gate, const py::array& mean, py::array sum_g, py::array sum_gx, Maybe grad, int threads) {
+void norm_reduce(int64_t N, int64_t C, int64_t P, const Array& x, const Array& grad_y, const Maybe& grad_more,
+                 const Gate& gate, const Array& mean, const Array& sum_g, const Array& sum_gx, const Maybe& grad,
+                 int threads) {
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     int64_t size;
@@ -591,7 +592,7 @@ void norm_reduce(int64_t N, int64_t C, int64_t P, const py::array& x, const py::
 }
 
 // What a norm makes of the gradient of its result; in the lane layout, or (N, P, C) with channels_last.
-void norm_grad(int64_t N, int64_t C, int64_t P, const py::array& grad_y, const BackNorm& norm, py::array grad_x,
+void norm_grad(int64_t N, int64_t C, int64_t P, const Array& grad_y, const BackNorm& norm, const Array& grad_x,
                bool channels_last, int threads) {
   for_dtype(grad_y, [&](auto zero) {
     using T = decltype(zero);
@@ -604,7 +605,7 @@ void norm_grad(int64_t N, int64_t C, int64_t P, const py::array& grad_y, const B
 }
 
 // y (N, P, C) of x, or of its norm.
-void norm_unpack(int64_t N, int64_t C, int64_t P, const py::array& x, const MaybeNorm& norm, py::array y, int threads) {
+void norm_unpack(int64_t N, int64_t C, int64_t P, const Array& x, const MaybeNorm& norm, const Array& y, int threads) {
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     int64_t size;
@@ -644,18 +645,18 @@ py::object index_of(const T* dense, int64_t rows, int64_t cols, const py::object
 
 // The index of the nonzeros of a float32, float64 or boolean matrix: `known`, an index or None, where they lie inside
 // of it; None where there are more than `most`.
-py::object index_of_nonzeros(const py::array& dense, const py::object& known, int64_t most, int threads) {
-  if (dense.ndim() != 2) refuse("dense", "two dimensions", std::to_string(dense.ndim()));
+py::object index_of_nonzeros(const Array& dense, const py::object& known, int64_t most, int threads) {
+  if (dense.ndim != 2) refuse("dense", "two dimensions", std::to_string(dense.ndim));
   if (most < 0) refuse("most", "at least 0", std::to_string(most));
-  const int64_t rows = dense.shape(0), cols = dense.shape(1), size = dense.size();
+  const int64_t rows = dense.shape[0], cols = dense.shape[1], size = dense.size;
   check_shape("dense", rows, cols);
   const auto make = [&](const auto* data) { return index_of(data, rows, cols, known, most, threads); };
-  if (dense.dtype().is(py::dtype::of<float>())) return make(in<float>("dense", dense, size));
-  if (dense.dtype().is(py::dtype::of<double>())) return make(in<double>("dense", dense, size));
+  if (dense.is<float>()) return make(in<float>("dense", dense, size));
+  if (dense.is<double>()) return make(in<double>("dense", dense, size));
   return make(reinterpret_cast<const uint8_t*>(in<bool>("dense", dense, size)));
 }
 
-void gather_values(const NativeIndex& pattern, const py::array& dense, py::array values, int threads) {
+void gather_values(const NativeIndex& pattern, const Array& dense, const Array& values, int threads) {
   for_dtype(dense, [&](auto zero) {
     using T = decltype(zero);
     const Index& ix = pattern.index;
@@ -667,7 +668,7 @@ void gather_values(const NativeIndex& pattern, const py::array& dense, py::array
   });
 }
 
-void scatter_values(const NativeIndex& pattern, const py::array& values, py::array dense, int threads) {
+void scatter_values(const NativeIndex& pattern, const Array& values, const Array& dense, int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
     const Index& ix = pattern.index;
@@ -687,10 +688,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of sparsebreg. Not a public interface: see sparsebreg.functional.";
   m.attr("LANES") = LANES;
   py::class_<NativeIndex>(m, "Index")
-      .def(py::init<int64_t, int64_t, const py::array&, const py::array&>())
+      .def(py::init<int64_t, int64_t, const Array&, const Array&>())
       .def_static("of_nonzeros", &index_of_nonzeros)
       .def("arrays", &index_arrays)
       .def("transposed", &transposed_arrays);
+  m.def("accept_tensors", &accept_tensors);
   m.def("isa", [] { return active_table().isa; });
   m.def("available_isas", &available_isas);
   m.def("select_isa", &select_isa);

@@ -13,8 +13,9 @@
 namespace sparsebreg {
 namespace {
 
-constexpr size_t BLOCK = size_t(2) << 20;   // a huge page
-constexpr size_t PIECE = size_t(64) << 10;  // sizes below a block are rounded up to this
+constexpr size_t BLOCK = size_t(2) << 20;    // a huge page
+constexpr size_t PIECE = size_t(64) << 10;   // sizes below a block are rounded up to this
+constexpr size_t SMALL = size_t(128) << 10;  // what is smaller is reused by the C library
 
 struct Pool {
   std::mutex lock;
@@ -33,22 +34,27 @@ Pool& pool() {
 
 void* pool_take(size_t bytes, size_t* size) {
   if (bytes > SIZE_MAX / 2) throw std::bad_alloc();  // rounding up would overflow
+  void* block = nullptr;
+  if (bytes < SMALL) {
+    *size = 0;
+    if (posix_memalign(&block, 64, bytes == 0 ? 64 : bytes) != 0) throw std::bad_alloc();
+    return block;
+  }
   const size_t step = bytes < BLOCK ? PIECE : BLOCK;
-  const size_t want = bytes == 0 ? step : (bytes + step - 1) / step * step;
+  const size_t want = (bytes + step - 1) / step * step;
   Pool& p = pool();
   {
     std::lock_guard<std::mutex> guard(p.lock);
     const auto found = p.blocks.lower_bound(want);
     // A block a little too large is better than a new one.
     if (found != p.blocks.end() && found->first <= want + want / 4) {
-      void* block = found->second;
+      block = found->second;
       *size = found->first;
       p.held -= found->first;
       p.blocks.erase(found);
       return block;
     }
   }
-  void* block = nullptr;
   if (posix_memalign(&block, step == BLOCK ? BLOCK : 4096, want) != 0) throw std::bad_alloc();
 #if defined(__linux__)
   if (step == BLOCK) madvise(block, want, MADV_HUGEPAGE);
@@ -58,6 +64,7 @@ void* pool_take(size_t bytes, size_t* size) {
 }
 
 void pool_give(void* block, size_t size) {
+  if (size == 0) return std::free(block);
   Pool& p = pool();
   {
     std::lock_guard<std::mutex> guard(p.lock);

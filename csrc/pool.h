@@ -8,8 +8,8 @@
 
 namespace sparsebreg {
 
-// A block of at least `bytes`; from 2 MB on aligned to 2 MB with huge pages asked for. `*size` is what it holds.
-// Content undefined. Throws std::bad_alloc.
+// A block of at least `bytes`; from 2 MB on aligned to 2 MB with huge pages asked for. `*size` is what it holds, or 0
+// where it is so small that it is not kept. Content undefined. Throws std::bad_alloc.
 void* pool_take(size_t bytes, size_t* size);
 
 // Gives a block back; it is kept for later unless the pool would then hold more than its limit.
@@ -29,15 +29,9 @@ template <class T>
 class PoolArray {
  public:
   PoolArray() = default;
-  explicit PoolArray(size_t count) {
-    if (count * sizeof(T) < MANY)
-      few_.reset(new T[count]);
-    else
-      block_ = pool_take(count * sizeof(T), &size_);
-  }
+  explicit PoolArray(size_t count) { block_ = pool_take(count * sizeof(T), &size_); }
   PoolArray(PoolArray&& other) noexcept { *this = std::move(other); }
   PoolArray& operator=(PoolArray&& other) noexcept {
-    std::swap(few_, other.few_);
     std::swap(block_, other.block_);
     std::swap(size_, other.size_);
     return *this;
@@ -45,11 +39,9 @@ class PoolArray {
   ~PoolArray() {
     if (block_) pool_give(block_, size_);
   }
-  T* data() const { return block_ ? static_cast<T*>(block_) : few_.get(); }
+  T* data() const { return static_cast<T*>(block_); }
 
  private:
-  static constexpr size_t MANY = size_t(64) << 10;  // smaller ones are reused by the C library
-  std::unique_ptr<T[]> few_;
   void* block_ = nullptr;
   size_t size_ = 0;
 };

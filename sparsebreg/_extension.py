@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-import torch  # noqa: F401  before the extension: both must share one OpenMP runtime
+import torch  # before the extension: both must share one OpenMP runtime
 
 _C: ModuleType | None = None
 #: Why the extension is not in use; empty where it is.
 CAUSE = ""
+#: Whether the extension reads tensors as they are; torch before 2.10 has them cross as NumPy arrays.
+TENSORS = False
 
 try:
     _C = importlib.import_module("sparsebreg._C")
     _C.isa()  # reads SPARSEBREG_ISA
+    TENSORS = _C.accept_tensors(torch.Tensor)
 except ModuleNotFoundError as error:
     if error.name != "sparsebreg._C":
         raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +32,20 @@ def _count(backend: Any, products: int, pattern: SparsePattern, positions: int) 
         torch.ops.sparsebreg.count_flops(2 * products * pattern.nnz * positions)
 
 
+def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a backward pass that cannot be differentiated itself, as ``once_differentiable`` does.
+
+    That one switches gradients off and looks through the arguments at every call; here only where gradients are on.
+    """
+    guarded = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def call(ctx, grad_y):
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, grad_y)
+
+    return call
+
+
 def _readable(x: torch.Tensor | None, backend: backends.Backend) -> torch.Tensor | None:
     """x, unpacked where the backend does not compute on the lane layout."""
     return x.plain if isinstance(x, LaneTensor) and not backend.lanes else x
@@ -48,13 +64,13 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x, values, bias, weight, pattern, backend):
         ctx.pattern, ctx.backend = pattern, backend
         x = _readable(x, backend)
-        wanted = any(w is not None and w.requires_grad for w in (values, weight))
-        ctx.save_for_backward(x if wanted else None, values)
+        _, needs_values, _, needs_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_values or needs_weight else None, values)
         _count(backend, 1, pattern, len(x))
         return backend.linear_forward(pattern, x, values, bias)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     @labelled("linear_backward")
     def backward(ctx: Any, grad_y):
         x, values = ctx.saved_tensors
@@ -75,14 +91,14 @@ class _Conv2d(torch.autograd.Function):
     def forward(ctx: Any, x, values, bias, weight, pattern, geometry, layout, training, backend):
         ctx.pattern, ctx.geometry, ctx.backend, ctx.x_shape = pattern, geometry, backend, x.shape
         x = _readable(x, backend)
-        wanted = any(w is not None and w.requires_grad for w in (values, weight))
-        ctx.save_for_backward(x if wanted else None, values)
+        _, needs_values, _, needs_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_values or needs_weight else None, values)
         y = backend.conv2d_forward(pattern, x, values, bias, geometry, layout, training)
         _count(backend, 1, pattern, math.prod((len(y), *y.shape[2:])))
         return y
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     @labelled("conv2d_backward")
     def backward(ctx: Any, grad_y):
         x, values = ctx.saved_tensors
@@ -175,6 +191,7 @@ def sparse_linear(
     if x.dim() == 0 or x.shape[-1] != pattern.shape[1]:
         raise ValueError(expected("x", f"shape (..., {pattern.cols})", tuple(x.shape)))
     flat = x.contiguous() if x.dim() == 2 else x.reshape(-1, pattern.cols).contiguous()
+    bias = None if bias is None else bias.contiguous()
     y = _Linear.apply(flat, values.contiguous(), bias, weight, pattern, backends.current())
     return y if x.dim() == 2 else y.view(*x.shape[:-1], pattern.rows)
 
@@ -228,5 +245,6 @@ def sparse_conv2d(
     else:
         layout = Layout.PLAIN
     training = torch.is_grad_enabled()  # not known any more inside
+    bias = None if bias is None else bias.contiguous()
     y = _Conv2d.apply(batch, values.contiguous(), bias, weight, pattern, geometry, layout, training, backend)
     return y if x.dim() == 4 else y.squeeze(0)

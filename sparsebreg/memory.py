@@ -6,7 +6,6 @@ pool belongs to the native extension; without it, torch's own allocator serves.
 
 from __future__ import annotations
 
-import math
 import os
 
 import numpy as np
@@ -17,19 +16,24 @@ from sparsebreg.errors import check_int
 
 __all__ = ["empty", "held", "release", "set_limit"]
 
-#: Smaller tensors come from torch: its allocator reuses those.
-SMALL = 128 << 10
-
 _DTYPES = {torch.float32: np.dtype("f4"), torch.float64: np.dtype("f8"), torch.uint8: np.dtype("u1")}
+
+
+def empty_array(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> np.ndarray:
+    """An uninitialised array, from the pool where it is large; ``channels_last``: as torch's memory format."""
+    if _limit and (C := native()) is not None:
+        return C.pool_empty(shape, _DTYPES[dtype], channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, memory_format=memory_format).numpy()
 
 
 def empty(
     shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format
 ) -> torch.Tensor:
     """As ``torch.empty``, from the pool where it is large."""
-    if math.prod(shape) * dtype.itemsize < SMALL or _limit == 0 or dtype not in _DTYPES or (C := native()) is None:
+    if dtype not in _DTYPES:
         return torch.empty(shape, dtype=dtype, memory_format=memory_format)
-    return torch.from_numpy(C.pool_empty(shape, _DTYPES[dtype], memory_format is torch.channels_last))
+    return torch.from_numpy(empty_array(shape, dtype, memory_format is torch.channels_last))
 
 
 def held() -> int:

@@ -56,6 +56,7 @@ class SparsePattern:
         col: (nnz,) int32, columns, strictly ascending inside each row.
 
     Attributes:
+        rows, cols, nnz: sizes of the matrix, and how many weights are active.
         colptr, row, csc_to_csr: the transposed index: column c holds the rows ``row[colptr[c]:colptr[c + 1]]``, and the
             k-th entry in column order is number ``csc_to_csr[k]`` in row order. Made when first asked for; int32.
 
@@ -66,6 +67,9 @@ class SparsePattern:
     shape: tuple[int, ...]
     rowptr: torch.Tensor
     col: torch.Tensor
+    rows: int = field(init=False)
+    cols: int = field(init=False)
+    nnz: int = field(init=False)
     _cache: dict[Any, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,7 +96,12 @@ class SparsePattern:
         rising[starts[(starts > 0) & (starts < len(col))] - 1] = True  # a new row may start lower
         if not rising.all():
             raise ValueError(expected("col", "strictly ascending indices inside each row", "others"))
-        put(self, "_cache", {})
+        self._settle({})
+
+    def _settle(self, cache: dict[Any, Any]) -> None:
+        sizes = {"rows": self.shape[0], "cols": math.prod(self.shape[1:]), "nnz": len(self.col), "_cache": cache}
+        for name, value in sizes.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor) -> SparsePattern:
@@ -163,20 +172,8 @@ class SparsePattern:
         for name, array in zip(("rowptr", "col"), index.arrays(), strict=True):
             put(pattern, name, torch.from_numpy(array))
         put(pattern, "shape", shape)
-        put(pattern, "_cache", {"native": index})
+        pattern._settle({"native": index})
         return pattern
-
-    @property
-    def rows(self) -> int:
-        return self.shape[0]
-
-    @property
-    def cols(self) -> int:
-        return math.prod(self.shape[1:])
-
-    @property
-    def nnz(self) -> int:
-        return len(self.col)
 
     @property
     def density(self) -> float:

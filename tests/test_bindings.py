@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.lib.stride_tricks import as_strided
 
-from sparsebreg import SparsePattern, _extension
+from sparsebreg import SparsePattern, _extension, lanes
 
 if (C := _extension.native()) is None:
     pytest.skip("needs the extension", allow_module_level=True)
@@ -102,6 +102,11 @@ CALLS = {
         lambda a, t: C.linbreg_step(a["p"], a["g"], a["v"], a["m"], a["active"], 0.1, 0.9, 1.0, 0.1, 0.0, False, t),
         {**arrays(p=7, g=7, v=7, m=7), "active": np.ones(7, dtype=bool)},
         {"p", "v", "m"},
+    ),
+    "proxsgd_step": (
+        lambda a, t: C.proxsgd_step(a["p"], a["g"], a["m"], a["active"], 0.1, 0.9, 0.1, 0.0, False, t),
+        {**arrays(p=7, g=7, m=7), "active": np.ones(7, dtype=bool)},
+        {"p", "m"},
     ),
     "adabreg_step": (
         lambda a, t: C.adabreg_step(
@@ -201,7 +206,7 @@ EACH = [(name, array) for name, (_, valid, _) in CALLS.items() for array in vali
 
 
 def test_every_kernel_is_here():
-    kernels = {n for n in dir(C) if n.startswith(("linear_", "conv2d_", "norm_", "linbreg_", "adabreg_", "max_pool"))}
+    kernels = {n for n in dir(C) if n.startswith(("linear_", "conv2d_", "norm_", "max_pool")) or n.endswith("_step")}
     assert kernels <= {*CALLS, "max_pool"}
 
 
@@ -233,6 +238,48 @@ def test_arrays(name, array):
             call({**valid, array: frozen}, 1)
     else:
         call({**valid, array: frozen}, 1)
+
+
+@pytest.mark.skipif(not _extension.TENSORS, reason="this torch does not hand its tensors to C")
+@pytest.mark.parametrize(("name", "array"), EACH)
+def test_tensors(name, array):
+    call, valid, written = CALLS[name]
+    rng = np.random.default_rng(0)
+    ours = {n: rng.integers(0, 2, a.shape).astype(a.dtype) for n, a in valid.items()}
+    tensors = {n: torch.from_numpy(a.copy()) for n, a in ours.items()}
+    call(ours, 1)
+    call(tensors, 1)
+    for n in written:
+        assert np.array_equal(tensors[n].numpy(), ours[n], equal_nan=True)
+    t = tensors[array]
+    with pytest.raises(TypeError, match=f"({array}|values): expected dtype .*, got torch.bfloat16"):
+        call({**tensors, array: t.bfloat16()}, 1)
+    for wrong in (t.flatten()[1:], t.flatten()[:0]):
+        with pytest.raises(ValueError, match=r"\w+: expected \d+ elements, got \d+"):
+            call({**tensors, array: wrong}, 1)
+    with pytest.raises(ValueError, match=f"{array}: expected a C-contiguous array, got a strided one"):
+        call({**tensors, array: t[..., None].repeat_interleave(2, -1)[..., 0]}, 1)
+    for elsewhere in (t.to("meta"), t.to_sparse()):
+        with pytest.raises((TypeError, RuntimeError)):
+            call({**tensors, array: elsewhere}, 1)
+
+
+@pytest.mark.parametrize("wrong", [3, "x", [1.0], np.zeros((4, 6), ">f4"), np.zeros((4, 6), object)])
+def test_no_array(wrong):
+    with pytest.raises(TypeError):
+        C.gather(ix, wrong, np.zeros(linear.nnz, np.float32), 1)
+
+
+@pytest.mark.skipif(not _extension.TENSORS, reason="this torch does not hand its tensors to C")
+def test_tensors_without_memory():
+    with pytest.raises(TypeError):
+        C.gather(ix, lanes.wrap(torch.zeros(1, 6, LANES), 4), np.zeros(linear.nnz, np.float32), 1)
+
+
+def test_only_types_whose_tensors_can_be_read_are_accepted():
+    assert not C.accept_tensors(int)
+    with pytest.raises(TypeError, match="type: expected a type"):
+        C.accept_tensors(3)
 
 
 @pytest.mark.parametrize("name", CALLS)

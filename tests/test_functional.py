@@ -1,11 +1,14 @@
 """Forward, input gradient and value gradient on every backend and instruction set against plain torch."""
 
+import functools
+
 import pytest
 import torch
 from conftest import BACKENDS, close, sparse_weight
 from torch.nn import functional as F
 
 import sparsebreg as sb
+from sparsebreg import _extension
 from sparsebreg.functional import Geometry, sparse_conv2d, sparse_linear
 
 # name: (N, in, out, density)
@@ -210,6 +213,46 @@ def test_leading_dimensions_and_strides(backend):
     image = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     for x in (image[0], image.contiguous(memory_format=torch.channels_last), image[:, :, ::2, 1:]):
         close(sparse_conv2d(x, pattern, values), F.conv2d(x, weight))
+
+
+def test_tensors_that_torch_negates_when_it_reads_them(backend):
+    weight, mask = sparse_weight((6, 4), 0.5)
+    pattern, values, x = sb.SparsePattern.from_mask(mask), weight[mask], torch.randn(5, 4, dtype=torch.float64)
+    seen = torch._neg_view(-x)
+    assert seen.is_neg()
+    close(sparse_linear(seen, pattern, values), F.linear(x, weight))
+    weight, mask = sparse_weight((6, 4, 3, 3), 0.5)
+    pattern, values = sb.SparsePattern.from_mask(mask), weight[mask]
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 4, 8, 8, dtype=torch.float64).contiguous(memory_format=memory_format)
+        close(sparse_conv2d(torch._neg_view(-x), pattern, values), F.conv2d(x, weight))
+
+
+def test_parameters_with_strides(backend):
+    weight, mask = sparse_weight((6, 4), 0.5)
+    bias, x = torch.randn(12, dtype=torch.float64)[::2], torch.randn(5, 4, dtype=torch.float64)
+    values = weight[mask].repeat_interleave(2)[::2]
+    close(sparse_linear(x, sb.SparsePattern.from_mask(mask), values, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "channels_last"])
+def test_torch_that_does_not_hand_its_tensors_to_c(kind, on_native, monkeypatch):
+    x, weight, geometry, run = torch.randn(20, 4), torch.randn(6, 4), Geometry(), sparse_linear
+    if kind != "linear":
+        x, weight, geometry = torch.randn(20, 4, 8, 8), torch.randn(6, 4, 3, 3), Geometry(padding=(1, 1))
+        x = x.contiguous(memory_format=torch.channels_last) if kind == "channels_last" else x
+        run = functools.partial(sparse_conv2d, geometry=geometry)
+    mask = torch.rand(weight.shape) < 0.4
+    results = []
+    for tensors in (True, False):
+        if not tensors:
+            monkeypatch.setattr(_extension, "TENSORS", False)
+        ours = [t.clone().requires_grad_() for t in (x, weight[mask], torch.ones(6))]
+        y = run(ours[0], sb.SparsePattern.from_mask(mask), *ours[1:])
+        y.square().sum().backward()
+        results.append([y, *(t.grad for t in ours)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 class TestBadInput:

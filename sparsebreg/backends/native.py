@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparsebreg import _extension, lanes, memory
-from sparsebreg.backends._protocol import FORMATS, Geometry, Layout
+from sparsebreg.backends._protocol import Geometry, Layout
 from sparsebreg.errors import BackendError
 from sparsebreg.lanes import LANES, LaneTensor
 
@@ -16,15 +16,17 @@ def _layout(t: torch.Tensor) -> Layout:
     return Layout.PLAIN if t.is_contiguous() else Layout.CHANNELS_LAST
 
 
-def _array(t: torch.Tensor | None, layout: Layout = Layout.PLAIN):
-    """The memory of t; None stays None."""
+def _memory(t: torch.Tensor | None, layout: Layout = Layout.PLAIN):
+    """t as the extension takes it; None stays None."""
     if t is None:
         return None
     if layout is Layout.LANES:
-        return t.packed.numpy()
-    if t.requires_grad:
-        t = t.detach()
-    return (t if layout is Layout.PLAIN else t.permute(0, 2, 3, 1)).numpy()
+        t = t.packed
+    elif t.is_neg():  # torch negates such a tensor when it reads it
+        t = t.resolve_neg()
+    if layout is Layout.CHANNELS_LAST:
+        t = t.permute(0, 2, 3, 1)
+    return t if _extension.TENSORS else t.detach().numpy()
 
 
 def _source(x: torch.Tensor | None, layout: Layout):
@@ -34,7 +36,7 @@ def _source(x: torch.Tensor | None, layout: Layout):
     """
     waiting = lanes.waiting_norm(x)
     if waiting is None:
-        return _array(x, layout), None
+        return _memory(x, layout), None
     norm, packed = waiting
     return packed.numpy(), norm
 
@@ -42,14 +44,29 @@ def _source(x: torch.Tensor | None, layout: Layout):
 def _gradient(grad: torch.Tensor, layout: Layout):
     """The memory of the gradient of a convolution's output, and the batch norm that it is still to go through."""
     waiting = lanes.waiting_norm_grad(grad)
-    return (_array(grad, layout), None) if waiting is None else waiting
+    return (_memory(grad, layout), None) if waiting is None else waiting
 
 
-def _result(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout) -> torch.Tensor:
+def _result(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout):
+    """A tensor to be written, and its memory."""
     if layout is Layout.LANES:
         n, *rest = shape
-        return lanes.wrap(memory.empty((lanes.blocks(n), *rest, LANES), dtype), n)
-    return memory.empty(shape, dtype, FORMATS[layout])
+        array = memory.empty_array((lanes.blocks(n), *rest, LANES), dtype)
+        return lanes.wrap(torch.from_numpy(array), n), array
+    array = memory.empty_array(shape, dtype, layout is Layout.CHANNELS_LAST)
+    return torch.from_numpy(array), array if layout is Layout.PLAIN else array.transpose(0, 2, 3, 1)
+
+
+def _gradients(pattern, dtype: torch.dtype, needs):
+    """Memory for grad_values and grad_bias."""
+    rows, nnz = pattern.rows, pattern.nnz
+    return memory.empty_array((nnz,), dtype) if needs[1] else None, memory.empty_array((rows,), dtype) if needs[
+        2
+    ] else None
+
+
+def _tensor(array) -> torch.Tensor | None:
+    return None if array is None else torch.from_numpy(array)
 
 
 def _geometry(pattern, geometry: Geometry, x_shape) -> list[int]:
@@ -81,40 +98,37 @@ class NativeBackend:
         return self.C.isa()
 
     def linear_forward(self, pattern, x, values, bias):
-        y = memory.empty((x.shape[0], pattern.rows), x.dtype)
+        y = memory.empty_array((x.shape[0], pattern.rows), x.dtype)
         layout = _layout(x)
         self.C.linear_forward(
-            pattern.native_index(), x.shape[0], _array(x, layout), layout, _array(values), _array(bias), _array(y), 0,
+            pattern.native_index(), x.shape[0], _memory(x, layout), layout, _memory(values), _memory(bias), y, 0,
             torch.get_num_threads(),
         )  # fmt: skip
-        return y
+        return torch.from_numpy(y)
 
     def linear_backward(self, pattern, grad_y, x, values, needs):
-        layout = Layout.PLAIN if x is None else _layout(x)
-        grad_layout = _layout(grad_y)
-        grad_x = _result((grad_y.shape[0], pattern.cols), grad_y.dtype, layout) if needs[0] else None
-        grad_values = torch.empty_like(values) if needs[1] else None
-        grad_bias = torch.empty(pattern.rows, dtype=values.dtype) if needs[2] else None
+        n, layout, grad_layout = grad_y.shape[0], Layout.PLAIN if x is None else _layout(x), _layout(grad_y)
+        grad_x, into_x = _result((n, pattern.cols), grad_y.dtype, layout) if needs[0] else (None, None)
+        grad_values, grad_bias = _gradients(pattern, grad_y.dtype, needs)
         self.C.linear_backward(
-            pattern.native_index(), grad_y.shape[0], _array(grad_y, grad_layout), grad_layout, _array(x, layout),
-            layout, _array(values), _array(grad_x, layout), _array(grad_values), _array(grad_bias),
-            torch.get_num_threads(),
+            pattern.native_index(), n, _memory(grad_y, grad_layout), grad_layout, _memory(x, layout), layout,
+            _memory(values), into_x, grad_values, grad_bias, torch.get_num_threads(),
         )  # fmt: skip
-        return grad_x, grad_values, grad_bias
+        return grad_x, _tensor(grad_values), _tensor(grad_bias)
 
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):
         x_layout = _layout(x)
         size = geometry.output_size(x.shape[2:], pattern.shape[2:])
         source, norm = _source(x, x_layout)
         factors = None if norm is None else norm.factors()
-        y = _result((x.shape[0], pattern.rows, *size), x.dtype, layout)
+        y, into_y = _result((x.shape[0], pattern.rows, *size), x.dtype, layout)
         moments = None
         # A convolution without a bias has a batch norm behind it, as a rule: it gets its statistics along.
         if training and bias is None and layout is Layout.LANES and y.numel():
             moments = lanes.make_moments(y)
         self.C.conv2d_forward(
             pattern.native_index(), x.shape[0], _geometry(pattern, geometry, x.shape), source, x_layout, factors,
-            _array(values), _array(bias), _array(y, layout), layout, moments, torch.get_num_threads(),
+            _memory(values), _memory(bias), into_y, layout, moments, torch.get_num_threads(),
         )  # fmt: skip
         return y
 
@@ -124,18 +138,17 @@ class NativeBackend:
         source, norm = _source(x, x_layout)
         factors = None if norm is None else norm.factors()
         grad, grad_norm = _gradient(grad_y, layout)
-        grad_x = _result(tuple(x_shape), grad_y.dtype, x_layout) if needs[0] else None
-        grad_values = torch.empty_like(values) if needs[1] else None
-        grad_bias = torch.empty(pattern.rows, dtype=values.dtype) if needs[2] else None
+        grad_x, into_x = _result(tuple(x_shape), grad_y.dtype, x_layout) if needs[0] else (None, None)
+        grad_values, grad_bias = _gradients(pattern, grad_y.dtype, needs)
         sums = None
         if grad_x is not None and norm is not None and norm.relu and grad_x.numel():
             sums = lanes.make_sums(grad_x, norm)
         self.C.conv2d_backward(
             pattern.native_index(), x_shape[0], _geometry(pattern, geometry, x_shape), grad, layout, grad_norm,
-            source, x_layout, factors, sums, _array(values), _array(grad_x, x_layout), _array(grad_values),
-            _array(grad_bias), torch.get_num_threads(),
+            source, x_layout, factors, sums, _memory(values), into_x, grad_values, grad_bias,
+            torch.get_num_threads(),
         )  # fmt: skip
-        return grad_x, grad_values, grad_bias
+        return grad_x, _tensor(grad_values), _tensor(grad_bias)
 
 
 def load() -> NativeBackend:

@@ -1,0 +1,64 @@
+// What crosses from Python: a NumPy array or, where torch hands its tensors to C, a tensor, seen through its memory. A
+// tensor costs a tenth of what `.numpy()` does, which counts where a layer is small. Only for arguments of a call: a
+// view keeps nothing alive.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+namespace sparsebreg {
+
+struct Array {
+  const void* data = nullptr;  // not null, even where size is 0
+  int64_t size = 0;            // elements
+  int ndim = 0;
+  int64_t shape[2] = {0, 0};  // of the first two dimensions
+  char kind = 0;              // as NumPy's dtype.kind; 0 where no kernel takes it
+  int itemsize = 0;
+  bool contiguous = false;  // in C order
+  bool writable = false;
+  pybind11::handle object;
+
+  template <class T>
+  bool is() const;
+  std::string dtype_name() const;
+};
+
+template <>
+inline bool Array::is<float>() const {
+  return kind == 'f' && itemsize == 4;
+}
+template <>
+inline bool Array::is<double>() const {
+  return kind == 'f' && itemsize == 8;
+}
+template <>
+inline bool Array::is<int32_t>() const {
+  return kind == 'i' && itemsize == 4;
+}
+template <>
+inline bool Array::is<uint8_t>() const {
+  return kind == 'u' && itemsize == 1;
+}
+template <>
+inline bool Array::is<bool>() const {
+  return kind == 'b';
+}
+
+// Arguments of this type, or of one derived from it, are read through DLPack's table of C functions. False where the
+// type has none that is understood here: then tensors cross as NumPy arrays.
+bool accept_tensors(pybind11::handle type);
+
+// False where `object` is neither an array nor a tensor over memory of the CPU.
+bool view(pybind11::handle object, Array& array);
+
+}  // namespace sparsebreg
+
+template <>
+struct pybind11::detail::type_caster<sparsebreg::Array> {
+  PYBIND11_TYPE_CASTER(sparsebreg::Array, const_name("numpy.ndarray"));
+  bool load(handle source, bool) { return sparsebreg::view(source, value); }
+};

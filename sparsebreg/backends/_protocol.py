@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019  instances are plain numbers
     def output_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
         """(OH, OW) for an input of (H, W) and a kernel of (KH, KW)."""
         high, wide = (

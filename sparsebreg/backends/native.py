@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from sparsebreg import _extension, lanes, memory
@@ -69,21 +71,11 @@ def _tensor(array) -> torch.Tensor | None:
     return None if array is None else torch.from_numpy(array)
 
 
-def _geometry(pattern, geometry: Geometry, x_shape) -> list[int]:
-    rows, _, kh, kw = pattern.shape
-    _, channels, high, wide = x_shape
-    return [
-        channels,
-        high,
-        wide,
-        rows,
-        kh,
-        kw,
-        *geometry.stride,
-        *geometry.padding,
-        *geometry.dilation,
-        geometry.groups,
-    ]
+@functools.lru_cache(maxsize=1024)
+def _geometry(weight: tuple[int, ...], geometry: Geometry, x_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Numbers of a convolution, as the extension takes them; ``x_shape`` without the batch."""
+    pairs = geometry.stride, geometry.padding, geometry.dilation
+    return *x_shape, weight[0], *weight[2:], *(n for pair in pairs for n in pair), geometry.groups
 
 
 class NativeBackend:
@@ -127,8 +119,8 @@ class NativeBackend:
         if training and bias is None and layout is Layout.LANES and y.numel():
             moments = lanes.make_moments(y)
         self.C.conv2d_forward(
-            pattern.native_index(), x.shape[0], _geometry(pattern, geometry, x.shape), source, x_layout, factors,
-            _memory(values), _memory(bias), into_y, layout, moments, torch.get_num_threads(),
+            pattern.native_index(), x.shape[0], _geometry(pattern.shape, geometry, x.shape[1:]), source, x_layout,
+            factors, _memory(values), _memory(bias), into_y, layout, moments, torch.get_num_threads(),
         )  # fmt: skip
         return y
 
@@ -144,8 +136,8 @@ class NativeBackend:
         if grad_x is not None and norm is not None and norm.relu and grad_x.numel():
             sums = lanes.make_sums(grad_x, norm)
         self.C.conv2d_backward(
-            pattern.native_index(), x_shape[0], _geometry(pattern, geometry, x_shape), grad, layout, grad_norm,
-            source, x_layout, factors, sums, _memory(values), into_x, grad_values, grad_bias,
+            pattern.native_index(), x_shape[0], _geometry(pattern.shape, geometry, x_shape[1:]), grad, layout,
+            grad_norm, source, x_layout, factors, sums, _memory(values), into_x, grad_values, grad_bias,
             torch.get_num_threads(),
         )  # fmt: skip
         return grad_x, _tensor(grad_values), _tensor(grad_bias)

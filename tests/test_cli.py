@@ -352,6 +352,10 @@ def test_info_as_a_module():
         (("--lam", "nan"), "lam: expected a finite number of at least 0, got nan"),
         (("--lr", "inf"), "lr: expected a finite number"),
         (("--coarse-steps", "-3"), "coarse_steps: expected an integer of at least 0, got -3"),
+        (
+            ("--method", "linbreg", "--no-keep-momentum"),
+            "keep_momentum: expected no value for the method linbreg, got F",
+        ),
         (("--method", "sgd", "--lam", "0.1"), "lam: expected no value for the method sgd, got 0.1"),
         (("--init-density", "0"), "init_density: expected a finite number above 0"),
         (("--ramp", "1.5", "--target-sparsity", "0.9"), "ramp: expected a finite number of at least 0 and at most 1"),

@@ -11,6 +11,7 @@ import pytest
 from test_data import write_cifar, write_tiny
 
 from sparsebreg.experiments.config import Config, read_toml
+from sparsebreg.experiments.methods import METHODS
 from sparsebreg.experiments.report import report
 from sparsebreg.experiments.train import train
 from sparsebreg.models import MODELS
@@ -50,6 +51,13 @@ def test_from_the_files_to_the_report(form, model, method, augment, tmp_path, on
     with open(table, newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["method"], float(row["test_accuracy"])) == (method, result["test_accuracy"])
+
+
+@pytest.mark.parametrize("keep", [None, True, False])
+def test_momentum_of_sleeping_weights(keep):
+    config = Config(method="ml-linbreg", keep_momentum=keep).resolved()
+    optimizer, _ = METHODS["ml-linbreg"].build(MODELS["mlp"]((1, 8, 8)), config, 10)
+    assert [group["keep_momentum"] for group in optimizer.param_groups] == [keep is not False] * 2
 
 
 def test_models_with_batch_norm_start_alike():

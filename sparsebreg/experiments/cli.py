@@ -68,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
             "--ramp", type=float, help="fraction of the run over which the target moves from the sparsity of the start"
         )
         p.add_argument("--coarse-steps", type=int, help="coarse steps per fine step (ml- methods)")
+        p.add_argument(
+            "--keep-momentum",
+            action=argparse.BooleanOptionalAction,
+            help="of sleeping weights, over coarse steps (ml-linbreg)",
+        )
         p.add_argument("--init-density", type=float, help="density of the sparse start")
         p.add_argument("--init-distribution", help=f"of the density over the layers: one of {', '.join(DISTRIBUTIONS)}")
         p.add_argument("--schedule", help=f"of the learning rate: one of {', '.join(SCHEDULES)}")

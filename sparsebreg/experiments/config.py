@@ -39,7 +39,7 @@ class Config:
     learning rate rises) 0, and ``threads`` torch's own number. ``sparse_lr`` is the learning rate of regularised
     weights as a multiple of ``lr``. With ``per_layer`` every layer has a target of its own, distributed as
     ``init_distribution``. ``ramp`` is the part of the run, from 0 to 1, in which the target moves evenly from the
-    sparsity of the start.
+    sparsity of the start. ``keep_momentum`` is that of :class:`sparsebreg.LinBreg`.
     """
 
     data: str = "digits"
@@ -62,6 +62,7 @@ class Config:
     per_layer: bool | None = None
     ramp: float | None = None
     coarse_steps: int | None = None
+    keep_momentum: bool | None = None
     init_density: float | None = None
     init_distribution: str | None = None
     schedule: str = "cosine"
@@ -91,7 +92,7 @@ class Config:
         defaults |= method.options(self.model, self.target_sparsity)
         defaults |= {k: v for k, v in FOR_DATA.get(self.data, {}).items() if k in method.defaults or k not in special()}
         c = Config(**{**defaults, **given})
-        for name in ("augment", "per_layer"):
+        for name in ("augment", "per_layer", "keep_momentum"):
             if not isinstance(getattr(c, name), (bool, type(None))):
                 raise TypeError(expected(name, "true or false", repr(getattr(c, name))))
         for name in ("out", "data_dir"):

@@ -116,7 +116,7 @@ def _bregman(make: Callable[..., BregmanOptimizer], *options: str) -> Build:
             if group["reg"].sparse:
                 group["lr"] = c.lr * c.sparse_lr
         taken = {name: getattr(c, name) for name in ("lr", "weight_decay", *options)}
-        optimizer = make(groups, **taken)
+        optimizer = make(groups, **{name: value for name, value in taken.items() if value is not None})
         return optimizer, sb.Multilevel(model, optimizer, coarse_steps=c.coarse_steps or 0)
 
     return build
@@ -146,7 +146,7 @@ def _prune(model: nn.Module, optimizer: torch.optim.Optimizer, density: float, s
     return sb.Prune(model, optimizer, density, at=max(1, steps // 10))
 
 
-_LINBREG = _bregman(sb.LinBreg, "delta", "momentum")
+_LINBREG = _bregman(sb.LinBreg, "delta", "momentum", "keep_momentum")
 _ADABREG = _bregman(sb.AdaBreg, "delta")
 _PROXSGD = _bregman(sb.ProxSGD, "momentum")
 _SPARSE = {
@@ -196,7 +196,15 @@ METHODS: dict[str, Method] = {
     ),
     "ml-linbreg": Method(
         _LINBREG,
-        {**_SPARSE, "init_distribution": "erk", "momentum": 0.9, "lr": 3.0, "lam": 0.07, "coarse_steps": 39},
+        {
+            **_SPARSE,
+            "init_distribution": "erk",
+            "momentum": 0.9,
+            "keep_momentum": True,
+            "lr": 3.0,
+            "lam": 0.07,
+            "coarse_steps": 39,
+        },
         # Convolutions see larger gradients, so the same step is larger for them.
         for_model={
             "convnet": {"lr": 1.5, "lam": 0.18, "coarse_steps": 9, "init_density": 0.08},

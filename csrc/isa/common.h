@@ -7,5 +7,9 @@
 #include <cstdint>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "kernels/table.h"
 #include "memory.h"

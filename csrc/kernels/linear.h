@@ -202,13 +202,13 @@ LinearPass<T> linear_pass(const LinearArgs<T>& a, bool forward, Slot slot = slot
   return p;
 }
 
-// One or two samples would leave most lanes empty: there a sum runs over the nonzeros of a row instead. From three on
-// that is slower.
-constexpr int NARROW = 2;
+// A few samples would leave most lanes empty: there a sum runs over the nonzeros of a row instead. With more than
+// these that is slower.
+constexpr int NARROW = 2, NARROW_FORWARD = CAN_GATHER ? 3 : NARROW;
 
 template <class T>
-SB_INLINE bool is_narrow(const LinearArgs<T>& a) {
-  return a.N <= NARROW && a.x_layout == Layout::plain && a.y_layout == Layout::plain;
+SB_INLINE bool is_narrow(const LinearArgs<T>& a, int most_samples) {
+  return a.N <= most_samples && a.x_layout == Layout::plain && a.y_layout == Layout::plain;
 }
 
 // dst[n][d] = bias[d] + sum over the nonzeros (d, s) of value * src[n][s] for n < B; see LinearPass.
@@ -224,6 +224,16 @@ void narrow_rows(const LinearPass<T>& p, const T* src, int64_t d0, int64_t d1) {
     T sums[CHAINS][B] = {};
     int32_t k = p.ptr[d];
     const int32_t end = p.ptr[d + 1];
+    if (CAN_GATHER && k + Vec<T>::n <= end) {
+      V<T> wide[B] = {};
+      for (; k + Vec<T>::n <= end; k += Vec<T>::n) {
+        __builtin_prefetch(p.index + k + 256);
+        if (!ORDERED) __builtin_prefetch(p.value + k + 256);
+        const V<T> v = ORDERED ? gather_lanes(p.value, p.order + k) : load(p.value + k);
+        for (int n = 0; n < B; ++n) wide[n] += v * gather_lanes(src + n * p.src_features, p.index + k);
+      }
+      for (int n = 0; n < B; ++n) sums[0][n] = sum_lanes<T>(wide[n]);
+    }
     for (; k + CHAINS <= end; k += CHAINS)
       for (int u = 0; u < CHAINS; ++u) add(sums[u], k + u);
     for (; k < end; ++k) add(sums[0], k);
@@ -235,7 +245,9 @@ void narrow_rows(const LinearPass<T>& p, const T* src, int64_t d0, int64_t d1) {
 
 template <class T, bool ORDERED>
 void narrow_rows_any(const LinearPass<T>& p, const T* src, int64_t d0, int64_t d1) {
-  p.N == 1 ? narrow_rows<T, 1, ORDERED>(p, src, d0, d1) : narrow_rows<T, 2, ORDERED>(p, src, d0, d1);
+  constexpr void (*rows[])(const LinearPass<T>&, const T*, int64_t, int64_t) = {
+      narrow_rows<T, 1, ORDERED>, narrow_rows<T, 2, ORDERED>, narrow_rows<T, 3, ORDERED>};
+  rows[p.N - 1](p, src, d0, d1);
 }
 
 template <class T>
@@ -283,7 +295,7 @@ void narrow_backward(const LinearArgs<T>& a) {
 template <class T>
 void linear_forward(const LinearArgs<T>& a) {
   if (a.N == 0) return;
-  if (is_narrow(a)) return narrow_forward(a);
+  if (is_narrow(a, NARROW_FORWARD)) return narrow_forward(a);
   const LinearPass<T> p = linear_pass(a, true);
   const Index& ix = a.index;
   const Share s = share_out(a.N, p.TL, a.threads, ix.rows, true);
@@ -354,7 +366,7 @@ void linear_backward(const LinearArgs<T>& a) {
       for (int64_t r = 0; r < ix.rows; ++r) a.grad_bias[r] = T(0);
     return;
   }
-  if (is_narrow(a)) return narrow_backward(a);
+  if (is_narrow(a, NARROW)) return narrow_backward(a);
   const LinearPass<T> back = linear_pass(a, false), weights = linear_pass(a, true, slot_more_plan);
   const int TL = back.TL;
   const Share s = share_out(a.N, TL, a.threads, least(ix.rows, ix.cols), false);

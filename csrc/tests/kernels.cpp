@@ -170,7 +170,7 @@ void everywhere(const std::string& name, F f) {
 constexpr int BATCHES[] = {1, 7, 16, 29, 37};
 
 void test_linear() {
-  constexpr int batches[] = {1, 2, 3, 4, 5, 16, 29, 37, 150, 290};  // up to 2 by a kernel of their own; several tiles
+  constexpr int batches[] = {1, 2, 3, 4, 5, 16, 29, 37, 150, 290};  // few by a kernel of their own; several tiles
   struct {
     int64_t rows, cols;
     double density;

@@ -23,8 +23,10 @@ def empty_array(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool 
     """An uninitialised array, from the pool where it is large; ``channels_last``: as torch's memory format."""
     if _limit and (C := native()) is not None:
         return C.pool_empty(shape, _DTYPES[dtype], channels_last)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, memory_format=memory_format).numpy()
+    if channels_last:
+        n, c, h, w = shape
+        return np.empty((n, h, w, c), _DTYPES[dtype]).transpose(0, 3, 1, 2)
+    return np.empty(shape, _DTYPES[dtype])  # asks for huge pages where it is large
 
 
 def empty(

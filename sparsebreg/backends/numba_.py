@@ -1,19 +1,25 @@
 """Numba kernels, for platforms without a C++ compiler.
 
-The sources are laid out so that a nonzero acts on one long contiguous run: samples innermost, then columns. A linear
-layer is a convolution over one image of one row. torch does the layout, Numba the arithmetic.
+The sources are laid out so that a nonzero acts on one long contiguous run: samples innermost, then columns, then rows;
+what a run yields between two rows of an image is not read. A linear layer is a convolution over images of one pixel.
 """
 
 from __future__ import annotations
 
+import math
+import threading
+
 import numpy as np
 import torch
-from torch.nn import functional as F
 
+from sparsebreg import memory
 from sparsebreg.backends._protocol import FORMATS, Geometry
 from sparsebreg.errors import BackendError
 
 LANES = 16
+
+#: Numbers of a run that are computed at a time: their sums stay in the first-level cache.
+TILE = 1024
 
 
 def _compile():
@@ -22,70 +28,151 @@ def _compile():
     options = {"parallel": True, "fastmath": {"contract", "reassoc"}, "cache": True, "boundscheck": False}
 
     @numba.njit(**options)
-    def gather(src, offset, value, ptr, bias, rows, src_image, src_row, length, dst):
-        """dst[i, d, r, :] = bias[d] + sum_k value[k] * src[i*src_image + offset[k] + r*src_row + :length]."""
-        images, channels = dst.shape[0], dst.shape[1]
-        for task in numba.prange(images * channels):
-            image, d = task // channels, task % channels
-            for r in range(rows):
-                out = dst[image, d, r]
-                base = image * src_image + r * src_row
-                out[:] = bias[d]
-                k, end = ptr[d], ptr[d + 1]
-                # Four nonzeros per pass: the sums are loaded and stored once for four multiply-adds.
-                while k + 4 <= end:
-                    a, b, c, e = value[k], value[k + 1], value[k + 2], value[k + 3]
-                    s = src[base + offset[k] : base + offset[k] + length]
-                    t = src[base + offset[k + 1] : base + offset[k + 1] + length]
-                    u = src[base + offset[k + 2] : base + offset[k + 2] + length]
-                    v = src[base + offset[k + 3] : base + offset[k + 3] + length]
-                    for j in range(length):
-                        out[j] += a * s[j] + b * t[j] + c * u[j] + e * v[j]
-                    k += 4
-                while k < end:
-                    a = value[k]
-                    s = src[base + offset[k] : base + offset[k] + length]
-                    for j in range(length):
-                        out[j] += a * s[j]
-                    k += 1
+    def pack(x, top, left, dst):
+        """x (N, C, H, W) to dst (blocks, C, SH, SW, rows, columns, LANES), shifted down and right; zero elsewhere.
+
+        Row y + top is row (y + top) // SH of phase (y + top) % SH; columns likewise.
+        """
+        n, channels, high, wide = x.shape
+        blocks, _, sh, sw, rows, cols, lanes = dst.shape
+        y0, y1 = max(0, -top), min(high, rows * sh - top)
+        x0, x1 = max(0, -left), min(wide, cols * sw - left)
+        for task in numba.prange(blocks * channels):
+            b, c = task // channels, task % channels
+            dst[b, c] = 0
+            for y in range(y0, y1):
+                i, py = (y + top) // sh, (y + top) % sh
+                for lane in range(min(lanes, n - b * lanes)):
+                    source = x[b * lanes + lane, c, y]
+                    if sw == 1:
+                        row = dst[b, c, py, 0, i]
+                        for j in range(x0, x1):
+                            row[j + left, lane] = source[j]
+                    else:
+                        for j in range(x0, x1):
+                            dst[b, c, py, (j + left) % sw, i, (j + left) // sw, lane] = source[j]
 
     @numba.njit(**options)
-    def correlate(src, offset, ptr, grad, src_image, src_row, length, grad_values):
-        """grad_values[k] = sum_{i, r, j} grad[i, d, r, j] * src[i*src_image + offset[k] + r*src_row + j]."""
-        images, channels, rows = grad.shape[0], grad.shape[1], grad.shape[2]
-        for d in numba.prange(channels):
-            for k in range(ptr[d], ptr[d + 1]):
-                grad_values[k] = 0
-            for image in range(images):
-                for r in range(rows):
-                    g = grad[image, d, r]
-                    base = image * src_image + r * src_row
-                    for k in range(ptr[d], ptr[d + 1]):
-                        s = src[base + offset[k] : base + offset[k] + length]
-                        total = g[0] * s[0]
-                        for j in range(1, length):
-                            total += g[j] * s[j]
-                        grad_values[k] += total
+    def unpack(src, y):
+        """The other way, without a shift: what lies beyond y (N, C, H, W) is left out."""
+        n, channels, high, wide = y.shape
+        blocks, _, sh, sw, _, _, lanes = src.shape
+        for task in numba.prange(blocks * channels):
+            b, c = task // channels, task % channels
+            for r in range(high):
+                i, py = r // sh, r % sh
+                for lane in range(min(lanes, n - b * lanes)):
+                    out = y[b * lanes + lane, c, r]
+                    if sw == 1:
+                        row = src[b, c, py, 0, i]
+                        for j in range(wide):
+                            out[j] = row[j, lane]
+                    else:
+                        for j in range(wide):
+                            out[j] = src[b, c, py, j % sw, i, j // sw, lane]
 
-    return numba, gather, correlate
+    @numba.njit(**options)
+    def turn(x, dst):
+        """x (rows, columns) to dst (columns, rows or more); what is beyond is zero."""
+        rows, cols = x.shape
+        for block in numba.prange((cols + LANES - 1) // LANES):
+            j0, j1 = block * LANES, min(cols, (block + 1) * LANES)
+            for i in range(rows):
+                source = x[i]
+                for j in range(j0, j1):
+                    dst[j, i] = source[j]
+            dst[j0:j1, rows:] = 0
+
+    @numba.njit(**options)
+    def take(value, order, out):
+        for k in numba.prange(len(out)):
+            out[k] = value[order[k]]
+
+    @numba.njit(**options)
+    def gather(src, offset, value, ptr, bias, length, parts, dst):
+        """dst[i, d, j] = bias[d] + sum_k value[k] * src[i, offset[k] + j] for j < length.
+
+        ``parts``: among how many tasks the destinations of a tile are shared.
+        """
+        images, channels = dst.shape[0], dst.shape[1]
+        tiles = (length + TILE - 1) // TILE
+        for task in numba.prange(images * tiles * parts):
+            part, tile, image = task % parts, task // parts % tiles, task // parts // tiles
+            first = tile * TILE
+            n = min(TILE, length - first)
+            source = src[image, first:]
+            for d in range(channels * part // parts, channels * (part + 1) // parts):
+                out = dst[image, d, first : first + n]
+                out[:] = bias[d]
+                k, end = ptr[d], ptr[d + 1]
+                # Eight nonzeros a pass: the sums are loaded and stored once for eight multiply-adds.
+                while k + 8 <= end:
+                    a0, a1, a2, a3 = value[k], value[k + 1], value[k + 2], value[k + 3]
+                    a4, a5, a6, a7 = value[k + 4], value[k + 5], value[k + 6], value[k + 7]
+                    s0, s1 = source[offset[k] :], source[offset[k + 1] :]
+                    s2, s3 = source[offset[k + 2] :], source[offset[k + 3] :]
+                    s4, s5 = source[offset[k + 4] :], source[offset[k + 5] :]
+                    s6, s7 = source[offset[k + 6] :], source[offset[k + 7] :]
+                    for j in range(n):
+                        out[j] += (a0 * s0[j] + a1 * s1[j] + a2 * s2[j] + a3 * s3[j]) + (
+                            a4 * s4[j] + a5 * s5[j] + a6 * s6[j] + a7 * s7[j]
+                        )
+                    k += 8
+                while k + 2 <= end:
+                    a0, a1 = value[k], value[k + 1]
+                    s0, s1 = source[offset[k] :], source[offset[k + 1] :]
+                    for j in range(n):
+                        out[j] += a0 * s0[j] + a1 * s1[j]
+                    k += 2
+                if k < end:
+                    a0 = value[k]
+                    s0 = source[offset[k] :]
+                    for j in range(n):
+                        out[j] += a0 * s0[j]
+
+    @numba.njit(**options)
+    def correlate(src, offset, ptr, grad, length, parts, grad_values):
+        """grad_values[k] = sum_{i, j} grad[i, d, j] * src[i, offset[k] + j] over j < length; k in row d."""
+        images, channels = grad.shape[0], grad.shape[1]
+        tiles = (length + TILE - 1) // TILE
+        for part in numba.prange(parts):
+            d0, d1 = channels * part // parts, channels * (part + 1) // parts
+            grad_values[ptr[d0] : ptr[d1]] = 0
+            zero = grad_values.dtype.type(0)
+            for step in range(images * tiles):
+                image, first = step // tiles, step % tiles * TILE
+                n = min(TILE, length - first)
+                source = src[image, first:]
+                for d in range(d0, d1):
+                    g = grad[image, d, first : first + n]
+                    k, end = ptr[d], ptr[d + 1]
+                    while k + 4 <= end:
+                        s0, s1 = source[offset[k] :], source[offset[k + 1] :]
+                        s2, s3 = source[offset[k + 2] :], source[offset[k + 3] :]
+                        t0 = t1 = t2 = t3 = zero
+                        for j in range(n):
+                            t0 += g[j] * s0[j]
+                            t1 += g[j] * s1[j]
+                            t2 += g[j] * s2[j]
+                            t3 += g[j] * s3[j]
+                        grad_values[k] += t0
+                        grad_values[k + 1] += t1
+                        grad_values[k + 2] += t2
+                        grad_values[k + 3] += t3
+                        k += 4
+                    while k < end:
+                        s0 = source[offset[k] :]
+                        t0 = zero
+                        for j in range(n):
+                            t0 += g[j] * s0[j]
+                        grad_values[k] += t0
+                        k += 1
+
+    return numba, pack, unpack, turn, take, gather, correlate
 
 
 def _pad_to(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def _to_lanes(x: torch.Tensor, pad: tuple[int, int, int, int], phases: tuple[int, int]) -> torch.Tensor:
-    """(N, C, H, W) to [N/16][C][SH][SW][rows][columns][16], zero border added, rows and columns sorted by phase.
-
-    ``pad`` is (left, right, top, bottom), as for ``torch.nn.functional.pad``, and may cut.
-    """
-    n, c = x.shape[:2]
-    sh, sw = phases
-    high, wide = x.shape[2] + pad[2] + pad[3], x.shape[3] + pad[0] + pad[1]
-    high, wide = _pad_to(high, sh) - high, _pad_to(wide, sw) - wide
-    x = F.pad(x, (pad[0], pad[1] + wide, pad[2], pad[3] + high, 0, 0, 0, _pad_to(n, LANES) - n))
-    x = x.reshape(-1, LANES, c, x.shape[2] // sh, sh, x.shape[3] // sw, sw)
-    return x.permute(0, 2, 4, 6, 3, 5, 1).contiguous()
 
 
 class NumbaBackend:
@@ -93,75 +180,122 @@ class NumbaBackend:
     lanes = False
 
     def __init__(self) -> None:
-        self.numba, self._gather, self._correlate = _compile()
+        self.numba, self._pack, self._unpack, self._turn, self._take, self._gather, self._correlate = _compile()
+        self._kept = threading.local()
 
-    def _threads(self) -> None:
+    def _threads(self) -> int:
         # Starting Numba's pool may change the thread count of the OpenMP runtime that torch uses: put it back.
         wanted = torch.get_num_threads()
-        self.numba.set_num_threads(max(1, min(wanted, self.numba.config.NUMBA_NUM_THREADS)))
+        used = max(1, min(wanted, self.numba.config.NUMBA_NUM_THREADS))
+        self.numba.set_num_threads(used)
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
+        return used
 
-    def _run_gather(self, src, offset, value, ptr, bias, rows, src_row, length, images, channels):
-        """dst (images, channels, rows, length)."""
-        dst = src.new_empty(images, channels, rows, length)
-        if dst.numel():
-            bias = src.new_zeros(channels) if bias is None else bias.detach()
-            self._threads()
-            self._gather(
-                src.view(-1).numpy(), offset, value.detach().numpy(), ptr, bias.numpy(), rows,
-                src.numel() // max(1, images), src_row, length, dst.numpy(),
-            )  # fmt: skip
+    def _scratch(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """Working memory that is kept: new pages would take longer than what is done with them."""
+        size = math.prod(shape)
+        kept = self._kept.__dict__.get((name, like.dtype))
+        if kept is None or len(kept) < size:
+            kept = self._kept.__dict__[name, like.dtype] = memory.empty((size,), like.dtype)
+        return kept[:size].view(shape)
+
+    def _ordered(self, values: torch.Tensor, order) -> torch.Tensor:
+        out = self._scratch("values", (len(order),), values)
+        self._threads()
+        self._take(values.detach().numpy(), order, out.numpy())
+        return out
+
+    def _turned(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """(N, features) to (features, N and some more)."""
+        dst = self._scratch(name, (x.shape[1], _pad_to(len(x), LANES)), x)
+        self._threads()
+        self._turn(x.detach().resolve_neg().numpy(), dst.numpy())
         return dst
 
-    def _run_correlate(self, src, offset, ptr, grad, src_row, length, nnz):
+    def _turned_back(self, x: torch.Tensor, n: int) -> torch.Tensor:
+        y = memory.empty((n, len(x)), x.dtype)
+        self._threads()
+        self._turn(x[:, :n].numpy(), y.numpy())
+        return y
+
+    def _run_gather(self, src, offset, value, ptr, bias, length, dst):
+        """src (images, numbers of an image), dst (images, channels, numbers of a plane); see ``gather``."""
+        if dst.numel():
+            images, channels = dst.shape[:2]
+            bias = src.new_zeros(channels) if bias is None else bias.detach()
+            tasks = images * -(-length // TILE)
+            parts = max(1, min(channels, -(-4 * self._threads() // tasks)))
+            self._gather(
+                src.numpy(), offset, value.detach().numpy(), ptr, bias.numpy(), length, parts, dst.numpy()
+            )  # fmt: skip
+
+    def _run_correlate(self, src, offset, ptr, grad, length, nnz):
+        """The gradients of the values; grad (images, channels, numbers of a plane)."""
         grad_values = src.new_zeros(nnz)
         if grad.numel() and nnz:
-            self._threads()
-            self._correlate(
-                src.view(-1).numpy(), offset, ptr, grad.numpy(), src.numel() // grad.shape[0], src_row, length,
-                grad_values.numpy(),
-            )  # fmt: skip
+            parts = max(1, min(grad.shape[1], 4 * self._threads()))
+            self._correlate(src.numpy(), offset, ptr, grad.numpy(), length, parts, grad_values.numpy())
         return grad_values
+
+    def _to_lanes(self, x: torch.Tensor, name: str, shift: tuple[int, int], phases: tuple[int, int], size):
+        """(N, C, H, W) to (N / 16, C, *phases, *size, 16); see ``pack``."""
+        dst = self._scratch(name, (-(-x.shape[0] // LANES), x.shape[1], *phases, *size, LANES), x)
+        if dst.numel():
+            self._threads()
+            self._pack(x.detach().resolve_neg().numpy(), *shift, dst.numpy())
+        return dst
+
+    def _from_lanes(self, src: torch.Tensor, shape, memory_format: torch.memory_format) -> torch.Tensor:
+        y = memory.empty(tuple(shape), src.dtype, memory_format)
+        if y.numel():
+            self._threads()
+            self._unpack(src.numpy(), y.numpy())
+        return y
 
     # Linear: [features][samples], one image of one row.
 
+    def _linear_plan(self, pattern, width: int):
+        """Offsets of the nonzeros in x and in grad_y, and the order of the latter."""
+
+        def make():
+            rows, cols = pattern.row.numpy(), pattern.col.numpy()
+            return cols.astype(np.int64) * width, rows.astype(np.int64) * width, pattern.csc_to_csr.numpy()
+
+        return pattern.cached(("numba linear", width), make)
+
     def linear_forward(self, pattern, x, values, bias):
-        n = x.shape[0]
-        src = F.pad(x.t(), (0, _pad_to(n, LANES) - n)).contiguous()
-        offset = pattern.col.numpy().astype(np.int64) * src.shape[1]
-        y = self._run_gather(src, offset, values, pattern.rowptr.numpy(), bias, 1, 0, src.shape[1], 1, pattern.rows)
-        return y.view(pattern.rows, -1)[:, :n].t().contiguous()
+        src = self._turned(x, "source")
+        width = src.shape[1]
+        y = self._scratch("dest", (1, pattern.rows, width), src)
+        offset = self._linear_plan(pattern, width)[0]
+        self._run_gather(src.view(1, -1), offset, values, pattern.rowptr.numpy(), bias, width, y)
+        return self._turned_back(y[0], len(x))
 
     def linear_backward(self, pattern, grad_y, x, values, needs):
-        n = grad_y.shape[0]
-        pad = (0, _pad_to(n, LANES) - n)
-        grad = F.pad(grad_y.t(), pad).contiguous()
+        grad = self._turned(grad_y, "grad")
         width = grad.shape[1]
+        offset, back_offset, order = self._linear_plan(pattern, width)
         grad_x = grad_values = None
         if needs[0]:
-            offset = pattern.row.numpy().astype(np.int64) * width
-            ordered = values.detach()[pattern.csc_to_csr.long()]
-            g = self._run_gather(grad, offset, ordered, pattern.colptr.numpy(), None, 1, 0, width, 1, pattern.cols)
-            grad_x = g.view(pattern.cols, -1)[:, :n].t().contiguous()
+            g = self._scratch("dest", (1, pattern.cols, width), grad)
+            ordered, ptr = self._ordered(values, order), pattern.colptr.numpy()
+            self._run_gather(grad.view(1, -1), back_offset, ordered, ptr, None, width, g)
+            grad_x = self._turned_back(g[0], len(grad_y))
         if needs[1]:
-            src = F.pad(x.t(), pad).contiguous()
-            offset = pattern.col.numpy().astype(np.int64) * width
-            grad_values = self._run_correlate(
-                src, offset, pattern.rowptr.numpy(), grad.view(1, pattern.rows, 1, width), 0, width, pattern.nnz
-            )
+            src, grad = self._turned(x, "source").view(1, -1), grad.view(1, pattern.rows, width)
+            grad_values = self._run_correlate(src, offset, pattern.rowptr.numpy(), grad, width, pattern.nnz)
         return grad_x, grad_values, grad_y.sum(0) if needs[2] else None
 
     # Conv2d.
 
     def _forward_plan(self, pattern, geometry: Geometry, x_shape):
-        """Offsets of the nonzeros in the lane layout of x, and the padding that makes every window fit."""
+        """Offsets of the nonzeros in the lane layout of x, and its rows and columns, which every window fits into."""
         oc, icg, kh, kw = pattern.shape
-        (sh, sw), (ph, pw), (dh, dw), groups = geometry
+        (sh, sw), _, (dh, dw), groups = geometry
         oh, ow = geometry.output_size(x_shape[2:], (kh, kw))
         high = (oh - 1) * sh + (kh - 1) * dh + 1
         wide = (ow - 1) * sw + (kw - 1) * dw + 1
-        pad = (pw, wide - x_shape[3] - pw, ph, high - x_shape[2] - ph)
         rows, cols = _pad_to(high, sh) // sh, _pad_to(wide, sw) // sw
         c, ky, kx = (
             a.reshape(-1) for a in np.meshgrid(np.arange(icg), np.arange(kh) * dh, np.arange(kw) * dw, indexing="ij")
@@ -170,37 +304,36 @@ class NumbaBackend:
         row = np.repeat(np.arange(oc), np.diff(pattern.rowptr.numpy()))
         group = row // max(1, oc // groups) * icg * sh * sw * rows * cols
         offset = (table[pattern.col.numpy()] + group) * LANES
-        return offset, pad, cols * LANES, (oh, ow)
+        return offset, (rows, cols), (oh, ow)
 
     def _plan(self, pattern, geometry, x_shape):
         key = ("numba", geometry, tuple(x_shape[2:]))
         return pattern.cached(key, lambda: self._forward_plan(pattern, geometry, x_shape))
 
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):
-        offset, pad, src_row, (oh, ow) = self._plan(pattern, geometry, x.shape)
-        src = _to_lanes(x, pad, geometry.stride)
-        y = self._run_gather(
-            src, offset, values, pattern.rowptr.numpy(), bias, oh, src_row, ow * LANES, src.shape[0], pattern.rows
-        )
-        y = y.view(-1, pattern.rows, oh, ow, LANES).permute(0, 4, 1, 2, 3)
-        y = y.reshape(-1, pattern.rows, oh, ow)[: x.shape[0]]
-        return y.contiguous(memory_format=FORMATS[layout])
+        offset, (rows, cols), (oh, ow) = self._plan(pattern, geometry, x.shape)
+        src = self._to_lanes(x, "source", geometry.padding, geometry.stride, (rows, cols))
+        y = self._scratch("dest", (len(src), pattern.rows, 1, 1, oh, cols, LANES), src)
+        length = ((oh - 1) * cols + ow) * LANES
+        self._run_gather(src.flatten(1), offset, values, pattern.rowptr.numpy(), bias, length, y.flatten(2))
+        return self._from_lanes(y, (len(x), pattern.rows, oh, ow), FORMATS[layout])
 
     def _backward_plan(self, pattern, geometry: Geometry, x_shape):
-        """The nonzeros sorted by (input channel, phase of the destination), and their offsets in grad_y."""
+        """The nonzeros sorted by (input channel, phase of the destination), and their offsets in grad_y.
+
+        Also the shift, rows and columns that grad_y is packed with, and rows and columns of a phase of grad_x.
+        """
         oc, icg, kh, kw = pattern.shape
         (sh, sw), padding, dilation, groups = geometry
-        oh, ow = geometry.output_size(x_shape[2:], (kh, kw))
         axes = []
         for k, s, p, d in zip((kh, kw), (sh, sw), padding, dilation, strict=True):
             shift = np.arange(k) * d - p
             phase = shift % s
             reach = (phase - shift) // s  # oy = j + reach for destination j*s + phase
-            axes.append((phase, reach, reach.min()))
+            axes.append((phase, reach, int(reach.min())))
         (py, ey, ymin), (px, ex, xmin) = axes
         jh, jw = -(-x_shape[2] // sh), -(-x_shape[3] // sw)
         rows, cols = jh + int(ey.max() - ymin), jw + int(ex.max() - xmin)
-        pad = (-int(xmin), cols + int(xmin) - ow, -int(ymin), rows + int(ymin) - oh)
         col = pattern.col.numpy()
         c, ky, kx = col // (kh * kw), col // kw % kh, col % kw
         row = np.repeat(np.arange(oc), np.diff(pattern.rowptr.numpy()))
@@ -210,38 +343,31 @@ class NumbaBackend:
         ptr = np.zeros(icg * groups * sh * sw + 1, dtype=np.int64)
         np.cumsum(np.bincount(key, minlength=len(ptr) - 1), out=ptr[1:])
         offset = (((row * rows + ey[ky] - ymin) * cols + ex[kx] - xmin) * LANES)[order]
-        return torch.from_numpy(order), ptr, offset, pad, cols * LANES, (jh, jw)
+        return order, ptr, offset, (-ymin, -xmin), (rows, cols), (jh, jw)
 
     def conv2d_backward(self, pattern, grad_y, x, values, geometry, x_shape, needs):
-        n, channels = x_shape[:2]
         grad_x = grad_values = None
         if needs[0]:
-            order, ptr, offset, pad, src_row, (jh, jw) = pattern.cached(
+            order, ptr, offset, shift, (rows, cols), (jh, jw) = pattern.cached(
                 ("numba back", geometry, tuple(x_shape[2:])), lambda: self._backward_plan(pattern, geometry, x_shape)
             )
-            src = _to_lanes(grad_y, pad, (1, 1))
-            sh, sw = geometry.stride
-            g = self._run_gather(
-                src,
-                offset,
-                values.detach()[order],
-                ptr,
-                None,
-                jh,
-                src_row,
-                jw * LANES,
-                src.shape[0],
-                channels * sh * sw,
+            src = self._to_lanes(grad_y, "grad", shift, (1, 1), (rows, cols))
+            channels, phases = x_shape[1], geometry.stride
+            g = self._scratch("dest", (len(src), channels, *phases, jh, cols, LANES), src)
+            length = ((jh - 1) * cols + jw) * LANES
+            self._run_gather(
+                src.flatten(1), offset, self._ordered(values, order), ptr, None, length, g.flatten(1, 3).flatten(2)
             )
-            g = g.view(-1, channels, sh, sw, jh, jw, LANES).permute(0, 6, 1, 4, 2, 5, 3)
-            g = g.reshape(-1, channels, jh * sh, jw * sw)
-            grad_x = g[:n, :, : x_shape[2], : x_shape[3]].contiguous()
+            plain = grad_y.is_contiguous()
+            grad_x = self._from_lanes(g, x_shape, torch.contiguous_format if plain else torch.channels_last)
         if needs[1]:
-            offset, pad, src_row, (oh, ow) = self._plan(pattern, geometry, x_shape)
-            src = _to_lanes(x, pad, geometry.stride)
-            grad = _to_lanes(grad_y, (0, 0, 0, 0), (1, 1)).view(src.shape[0], pattern.rows, oh, ow * LANES)
+            offset, (rows, cols), (oh, ow) = self._plan(pattern, geometry, x_shape)
+            src = self._to_lanes(x, "source", geometry.padding, geometry.stride, (rows, cols))
+            # Rows as long as those of x, so that a plane is one run; what is between them is zero.
+            grad = self._to_lanes(grad_y, "grad", (0, 0), (1, 1), (oh, cols))
+            length = ((oh - 1) * cols + ow) * LANES
             grad_values = self._run_correlate(
-                src, offset, pattern.rowptr.numpy(), grad, src_row, ow * LANES, pattern.nnz
+                src.flatten(1), offset, pattern.rowptr.numpy(), grad.flatten(2), length, pattern.nnz
             )
         return grad_x, grad_values, grad_y.sum((0, 2, 3)) if needs[2] else None
 

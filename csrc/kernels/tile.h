@@ -189,8 +189,8 @@ void gather_tile_as(const GatherTile<T>& t) {
           for (int j = 0; j < TC; ++j) acc[i][j] = load(sums + (i * TC + j) * LANES + part);
       }
       const T* src = t.src + part;
-      V<T> own[TR][TC];
-      if constexpr (CORRELATING) {
+      V<T> own[TR][TC] = {};
+      if (CORRELATING && k0 != k1) {  // phases of a strided convolution may have no nonzeros
         load_own<T, TR, TC>(t.own, r - t.r0, part, own);
         queue.seek(k0, t.grad_values);
         if (t.first && part == 0) {

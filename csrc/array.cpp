@@ -1,7 +1,5 @@
 #include "array.h"
 
-#include <cstring>
-
 namespace py = pybind11;
 
 namespace sparsebreg {

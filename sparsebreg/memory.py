@@ -1,7 +1,7 @@
 """Memory of activations, gradients and indices: large arrays come from a pool of huge-page blocks.
 
 A block goes back to the pool when the last tensor over it dies, and the next step finds it there, already mapped. The
-pool belongs to the native extension; without it, torch's own allocator serves.
+pool belongs to the native extension; without it, NumPy's allocator serves.
 """
 
 from __future__ import annotations

@@ -61,10 +61,9 @@ def _result(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout):
 
 def _gradients(pattern, dtype: torch.dtype, needs):
     """Memory for grad_values and grad_bias."""
-    rows, nnz = pattern.rows, pattern.nnz
-    return memory.empty_array((nnz,), dtype) if needs[1] else None, memory.empty_array((rows,), dtype) if needs[
-        2
-    ] else None
+    grad_values = memory.empty_array((pattern.nnz,), dtype) if needs[1] else None
+    grad_bias = memory.empty_array((pattern.rows,), dtype) if needs[2] else None
+    return grad_values, grad_bias
 
 
 def _tensor(array) -> torch.Tensor | None:

@@ -77,7 +77,7 @@ class Options:
     budget: float = 2.0
     repeats: int = 1
     compare: str | None = None
-    tolerance: float = 15.0
+    tolerance: float = 10.0
 
     def __post_init__(self) -> None:
         check_choice("suite", self.suite, (*SUITES, "all"))

@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--budget", type=float, help="seconds for each case (default 2), five rounds at least")
     bench.add_argument("--repeats", type=int, help="runs of the whole grid, of which the median ratio counts")
     bench.add_argument("--compare", metavar="OLD.json", help="exit status 1 where ratios of this bench.json fell")
-    bench.add_argument("--tolerance", type=float, help="percent by which they may fall (default 15)")
+    bench.add_argument("--tolerance", type=float, help="percent by which they may fall (default 10)")
     bench.add_argument("--out", help="folder for bench.json, bench.md and the plots")
     bench.add_argument("--quiet", action="store_true", default=False, help="no progress bar")
     page = commands.add_parser("report", help="one page about all runs in a folder")

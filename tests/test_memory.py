@@ -54,6 +54,17 @@ def test_block_comes_back_when_the_last_tensor_dies():
 
 
 @pooled
+def test_of_equal_blocks_the_last_comes_back_first():
+    """It is still in the caches, perhaps."""
+    tensors = [memory.empty((1 << 19,), torch.float32) for _ in range(3)]
+    places = [t.data_ptr() for t in tensors]
+    for _ in places:
+        del tensors[0]
+    tensors = [memory.empty((1 << 19,), torch.float32) for _ in range(3)]
+    assert [t.data_ptr() for t in tensors] == places[::-1]
+
+
+@pooled
 def test_two_living_tensors_never_share():
     a, b = (memory.empty((1 << 19,), torch.float32).fill_(i) for i in (1.0, 2.0))
     assert a.data_ptr() != b.data_ptr()

@@ -162,6 +162,7 @@ def measure(
         RunError: if a result of this package is wrong.
     """
     ways, steps, notes = [], [], []
+    sb.memory.release()  # whether its blocks lie on huge pages is luck, and must not be that of all later cases
     for candidate in candidates(case, densities, peers):
         try:
             with warnings.catch_warnings():

@@ -33,7 +33,7 @@ def empty(
     shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format
 ) -> torch.Tensor:
     """As ``torch.empty``, from the pool where it is large."""
-    if dtype not in _DTYPES:
+    if dtype not in _DTYPES or 0 in shape:  # NumPy gives an empty array other strides
         return torch.empty(shape, dtype=dtype, memory_format=memory_format)
     return torch.from_numpy(empty_array(shape, dtype, memory_format is torch.channels_last))
 

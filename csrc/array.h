@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 namespace sparsebreg {
 
@@ -23,30 +24,15 @@ struct Array {
   pybind11::handle object;
 
   template <class T>
-  bool is() const;
+  bool is() const {
+    const char wanted = std::is_same_v<T, bool>       ? 'b'
+                        : std::is_floating_point_v<T> ? 'f'
+                        : std::is_signed_v<T>         ? 'i'
+                                                      : 'u';
+    return kind == wanted && itemsize == int(sizeof(T));
+  }
   std::string dtype_name() const;
 };
-
-template <>
-inline bool Array::is<float>() const {
-  return kind == 'f' && itemsize == 4;
-}
-template <>
-inline bool Array::is<double>() const {
-  return kind == 'f' && itemsize == 8;
-}
-template <>
-inline bool Array::is<int32_t>() const {
-  return kind == 'i' && itemsize == 4;
-}
-template <>
-inline bool Array::is<uint8_t>() const {
-  return kind == 'u' && itemsize == 1;
-}
-template <>
-inline bool Array::is<bool>() const {
-  return kind == 'b';
-}
 
 // Arguments of this type, or of one derived from it, are read through DLPack's table of C functions. False where the
 // type has none that is understood here: then tensors cross as NumPy arrays.

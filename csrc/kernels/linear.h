@@ -227,7 +227,7 @@ void narrow_rows(const LinearPass<T>& p, const T* src, int64_t d0, int64_t d1) {
     if (CAN_GATHER && k + Vec<T>::n <= end) {
       V<T> wide[B] = {};
       for (; k + Vec<T>::n <= end; k += Vec<T>::n) {
-        __builtin_prefetch(p.index + k + 256);
+        __builtin_prefetch(p.index + k + 256);  // further ahead than the hardware does
         if (!ORDERED) __builtin_prefetch(p.value + k + 256);
         const V<T> v = ORDERED ? gather_lanes(p.value, p.order + k) : load(p.value + k);
         for (int n = 0; n < B; ++n) wide[n] += v * gather_lanes(src + n * p.src_features, p.index + k);

@@ -78,12 +78,12 @@ void check_shape(const char* name, int64_t rows, int64_t cols) {
 // A valid index, checked or made here. Arrays are copied, so that nothing a caller does to them reaches a kernel.
 class NativeIndex {
  public:
-  // Of marks from mark_nonzeros.
-  NativeIndex(int64_t rows, int64_t cols, int64_t nnz, const uint64_t* bits, const std::vector<int32_t>& rowptr,
+  // Of marked places; see kernels/marks.h.
+  NativeIndex(int64_t rows, int64_t cols, int64_t nnz, PoolArray<uint64_t> marks, const std::vector<int32_t>& rowptr,
               int threads)
-      : index{rows, cols, nnz}, storage_(size_t(rows + 1 + nnz)) {
+      : index{rows, cols, nnz}, storage_(size_t(rows + 1 + nnz)), marks_(std::move(marks)) {
     int32_t* col = std::copy(rowptr.begin(), rowptr.end(), storage_.data());
-    fill_columns(bits, rows, cols, rowptr.data(), col, threads);
+    fill_columns(marks_.data(), rows, cols, rowptr.data(), col, threads);
     index.rowptr = storage_.data(), index.col = col;
   }
 
@@ -114,12 +114,25 @@ class NativeIndex {
     return both;
   }
 
+  // One bit a place, rows x row_words(cols).
+  const uint64_t* marks(int threads) const {
+    std::call_once(marked_, [&] {
+      if (marks_.data()) return;
+      PoolArray<uint64_t> made(size_t(index.rows * row_words(index.cols)));
+      mark_columns(index.rows, index.cols, index.rowptr, index.col, made.data(), threads);
+      marks_ = std::move(made);
+    });
+    return marks_.data();
+  }
+
   Index index;  // without its transpose
 
  private:
   PoolArray<int32_t> storage_;
   mutable PoolArray<int32_t> transpose_;
   mutable std::once_flag once_;
+  mutable PoolArray<uint64_t> marks_;
+  mutable std::once_flag marked_;
 };
 
 Layout layout_of(const char* name, int layout, int last) {
@@ -622,22 +635,33 @@ void norm_unpack(int64_t N, int64_t C, int64_t P, const Array& x, const MaybeNor
 }
 
 template <class T>
+const Marks<T>& marks_of() {
+  if constexpr (sizeof(T) == 1)
+    return active_table().mask;
+  else
+    return kernels_of<T>().marks;
+}
+
+template <class T>
 py::object index_of(const T* dense, int64_t rows, int64_t cols, const py::object& known, int64_t most, int threads) {
   const int t = team(threads, double(rows) * double(cols));
-  const Index* old = known.is_none() ? nullptr : &known.cast<const NativeIndex&>().index;
-  if (old && (old->rows != rows || old->cols != cols))
-    refuse("known", "a pattern of the same size", std::to_string(old->rows) + " x " + std::to_string(old->cols));
+  const NativeIndex* old = known.is_none() ? nullptr : &known.cast<const NativeIndex&>();
+  if (old && (old->index.rows != rows || old->index.cols != cols))
+    refuse("known", "a pattern of the same size",
+           std::to_string(old->index.rows) + " x " + std::to_string(old->index.cols));
   std::unique_ptr<NativeIndex> made;
-  bool too_many;
+  bool too_many = false;
   {
     py::gil_scoped_release nogil;
-    std::vector<int32_t> rowptr(size_t(rows + 1));
-    const PoolArray<uint64_t> bits(size_t(rows * row_words(cols)));
-    const int64_t nnz = mark_nonzeros(dense, rows, cols, bits.data(), rowptr.data(), t);
-    if (nnz < 0) refuse("mask", "at most 2147483647 nonzeros", "more");
-    too_many = nnz > most;
-    if (!too_many && (!old || !covers(old->rowptr, old->col, bits.data(), rows, cols, t)))
-      made = std::make_unique<NativeIndex>(rows, cols, nnz, bits.data(), rowptr, t);
+    const bool inside = old && marks_of<T>().covered(dense, rows, cols, old->marks(t), t);
+    if (!inside || old->index.nnz > most) {
+      std::vector<int32_t> rowptr(size_t(rows + 1));
+      PoolArray<uint64_t> marks(size_t(rows * row_words(cols)));
+      const int64_t nnz = marks_of<T>().mark(dense, rows, cols, marks.data(), rowptr.data(), t);
+      if (nnz < 0) refuse("mask", "at most 2147483647 nonzeros", "more");
+      too_many = nnz > most;
+      if (!too_many && !inside) made = std::make_unique<NativeIndex>(rows, cols, nnz, std::move(marks), rowptr, t);
+    }
   }
   if (too_many) return py::none();
   return made ? py::cast(std::move(made)) : known;

@@ -1,7 +1,6 @@
 #include "pattern.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 namespace sparsebreg {
@@ -17,43 +16,6 @@ int64_t sum_counts(int64_t rows, int32_t* rowptr) {
   return total;
 }
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "nonzero_bits packs bytes in memory order");
-
-// Bit i: d[i] is not zero. The comparisons, to bytes of 0 and 1, are what compilers vectorise.
-template <class T>
-static uint64_t nonzero_bits(const T* d) {
-  alignas(16) uint8_t nonzero[64];
-  for (int i = 0; i < 64; ++i) nonzero[i] = d[i] != T(0);
-  uint64_t bits = 0;
-  for (int i = 0; i < 64; i += 8) {
-    uint64_t bytes;
-    std::memcpy(&bytes, nonzero + i, 8);
-    bits |= bytes * 0x0102040810204080 >> 56 << i;  // the top byte gathers byte j's lowest bit as its bit j
-  }
-  return bits;
-}
-
-template <class T>
-int64_t mark_nonzeros(const T* dense, int64_t rows, int64_t cols, uint64_t* bits, int32_t* rowptr, int threads) {
-  const int64_t words = row_words(cols);
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* d = dense + r * cols;
-    uint64_t* word = bits + r * words;
-    int64_t c = 0;
-    for (; c + 64 <= cols; c += 64) word[c / 64] = nonzero_bits(d + c);
-    if (c < cols) {
-      T rest[64] = {};
-      std::memcpy(rest, d + c, size_t(cols - c) * sizeof(T));
-      word[c / 64] = nonzero_bits(rest);
-    }
-    int32_t count = 0;
-    for (int64_t w = 0; w < words; ++w) count += __builtin_popcountll(word[w]);
-    rowptr[r + 1] = count;
-  }
-  return sum_counts(rows, rowptr);
-}
-
 void fill_columns(const uint64_t* bits, int64_t rows, int64_t cols, const int32_t* rowptr, int32_t* col, int threads) {
   const int64_t words = row_words(cols);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
@@ -65,23 +27,14 @@ void fill_columns(const uint64_t* bits, int64_t rows, int64_t cols, const int32_
   }
 }
 
-bool covers(const int32_t* rowptr, const int32_t* col, const uint64_t* bits, int64_t rows, int64_t cols, int threads) {
+void mark_columns(int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, uint64_t* bits, int threads) {
   const int64_t words = row_words(cols);
-  bool all = true;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(&& : all)
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t r = 0; r < rows; ++r) {
-    if (!all) continue;  // one place is enough
-    // Both ascend: after a word's last column of the pattern, none of its bits may be left.
-    const uint64_t* word = bits + r * words;
-    int32_t k = rowptr[r];
-    const int32_t end = rowptr[r + 1];
-    for (int64_t w = 0; w < words; ++w) {
-      uint64_t left = word[w];
-      for (; k < end && col[k] < (w + 1) * 64; ++k) left &= ~(uint64_t(1) << (col[k] & 63));
-      all = all && !left;
-    }
+    uint64_t* row = bits + r * words;
+    std::fill(row, row + words, 0);
+    for (int32_t k = rowptr[r]; k < rowptr[r + 1]; ++k) row[col[k] / 64] |= uint64_t(1) << (col[k] & 63);
   }
-  return all;
 }
 
 void transpose_index(int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, int32_t* colptr,
@@ -152,9 +105,6 @@ void scatter(const T* values, int64_t rows, int64_t cols, const int32_t* rowptr,
     for (int32_t k = rowptr[r]; k < rowptr[r + 1]; ++k) dense[r * cols + col[k]] = values[k];
 }
 
-template int64_t mark_nonzeros(const uint8_t*, int64_t, int64_t, uint64_t*, int32_t*, int);
-template int64_t mark_nonzeros(const float*, int64_t, int64_t, uint64_t*, int32_t*, int);
-template int64_t mark_nonzeros(const double*, int64_t, int64_t, uint64_t*, int32_t*, int);
 template void gather(const float*, int64_t, int64_t, const int32_t*, const int32_t*, float*, int);
 template void gather(const double*, int64_t, int64_t, const int32_t*, const int32_t*, double*, int);
 template void scatter(const float*, int64_t, int64_t, const int32_t*, const int32_t*, float*, int);

@@ -24,6 +24,10 @@ from sparsebreg.schedules import Level, PlateauCoarse
 
 PHASES = ("fine", "coarse")
 
+#: In fine steps in a row a layer computes over those weights, too, that a regularizer weaker by this part would let be
+#: active: a few per cent more, and hardly any weight wakes outside of them for some twenty steps.
+_SLACK = 0.1
+
 
 class Multilevel:
     """Owns the cycle: steps the optimizer, freezes the pattern after a fine step, thaws it after the coarse ones.
@@ -101,6 +105,8 @@ class Multilevel:
         self._dead: set[str] = set()
         self._patterns: dict[str, SparsePattern] = {}
         self._masks: dict[str, Any] = {}
+        #: Patterns of the fine phase that need not be widened.
+        self._wide: dict[str, SparsePattern] = {}
         #: Of the levels inside the frozen pattern that the present one is in: what may move, by parameter name.
         self._inner: list[dict[str, torch.Tensor]] = []
         self._enter_fine()
@@ -122,6 +128,8 @@ class Multilevel:
             self.fine_done += 1
             if self.fine_done >= self.fine_steps:
                 self._begin()
+            if self.phase == "fine":
+                self._widen()
         else:
             self.coarse_done += 1
             value = result if loss is None else loss
@@ -219,7 +227,21 @@ class Multilevel:
             module = self.model.get_submodule(name)
             to_fine(module, self._patterns.get(name), 1 - self._decider.least_sparsity(name, module))
         self.phase, self.coarse_done = "fine", 0
+        self._wide = dict(self._patterns)
         self._patterns, self._masks = {}, {}
+
+    def _widen(self) -> None:
+        """Gives room to the patterns that layers had to make in the latest step, so that they hold for longer."""
+        groups = {id(p): g for g in self.optimizer.param_groups for p in g["params"]}
+        for name in self._able:
+            module = self.model.get_submodule(name)
+            if (pattern := module._pattern) is None or pattern is self._wide.get(name):
+                continue
+            near = self.optimizer.nearly_active(module.weight, groups[id(module.weight)], _SLACK)
+            most = int(module._max_density * module.weight.numel())
+            if near is not None and (wide := SparsePattern.covering(near, None, most)) is not None:
+                module._pattern = wide
+            self._wide[name] = module._pattern
 
     def _carry_out(self, plan: Plan) -> None:
         carry_out(self.model, plan, self.optimizer, keep_grads=False)
@@ -233,6 +255,7 @@ class Multilevel:
 
         Save it beside the model's and the optimizer's.
         """
+        fine = self._fine_patterns()
         return {
             "coarse_steps": self.coarse_steps,
             "phase": self.phase,
@@ -240,7 +263,8 @@ class Multilevel:
             "fine_done": self.fine_done,
             "cycles": self.cycles,
             "schedule": self.schedule.state_dict() if isinstance(self.schedule, PlateauCoarse) else {},
-            "patterns": {n: p.state_dict() for n, p in (self._patterns or self._fine_patterns()).items()},
+            "patterns": {n: p.state_dict() for n, p in (self._patterns or fine).items()},
+            "wide": [n for n, p in fine.items() if p is self._wide.get(n)],
             "masks": dict(self._masks),
             "decisions": self._decider.state_dict(),
             "inner": [dict(masks) for masks in self._inner],
@@ -307,6 +331,7 @@ class Multilevel:
         else:
             self._patterns = patterns
             self._enter_fine()
+            self._wide = {n: patterns[n] for n in state.get("wide", ()) if n in patterns}
         self.phase, self.coarse_done, self.coarse_steps = phase, coarse_done, coarse_steps
         self.fine_done, self.cycles = fine_done, cycles
         if isinstance(self.schedule, PlateauCoarse) and state["schedule"]:

@@ -54,6 +54,50 @@ def test_output_is_computed_over_the_nonzero_weights(backend):
     assert model[4]._pattern.nnz == model[4].weight.count_nonzero()
 
 
+@pytest.mark.parametrize("make_optimizer", [sb.LinBreg, sb.AdaBreg, sb.ProxSGD])
+def test_patterns_hold_for_many_fine_steps(make_optimizer, backend):
+    """Weights that are close to waking are in the pattern before they do; ProxSGD has no way to tell which."""
+    torch.manual_seed(3)
+    model = sb.sparse_init_(nn.Sequential(nn.Linear(60, 50), nn.ReLU(), nn.Linear(50, 40)).double(), 0.1)
+    groups = sb.param_groups(model, sb.L1(0.05))
+    optimizer = make_optimizer(groups, lr=0.001 if make_optimizer is sb.AdaBreg else 0.01)
+    ml = sb.Multilevel(model, optimizer, 0, sb.SparsifyConfig(decide="always"))
+    x, wanted = torch.randn(30, 60, dtype=torch.float64), torch.randn(30, 40, dtype=torch.float64)
+    patterns = {0: [], 2: []}
+    for _ in range(60):
+        optimizer.zero_grad()
+        y = model(x)
+        torch.testing.assert_close(y, F.linear(F.linear(x, *model[0].parameters()).relu(), *model[2].parameters()))
+        (len(y) * F.mse_loss(y, wanted)).backward()
+        for i, made in patterns.items():
+            assert not model[i].weight[~model[i]._pattern.mask()].any()
+            made.append((model[i]._pattern, int(model[i].weight.count_nonzero())))
+        ml.step()
+    for made in patterns.values():
+        kept = sum(a is b for (a, _), (b, _) in zip(made, made[1:], strict=False))
+        assert made[0][1] != made[-1][1]
+        if make_optimizer is sb.ProxSGD:
+            assert kept == 0
+        else:
+            assert kept > 30 and sum(p.nnz > nnz for p, nnz in made) > 30
+
+
+def test_nearly_active_weights():
+    w = nn.Parameter(torch.tensor([[0.5, 0.0, 0.0, 0.0, -0.2]], dtype=torch.float64))
+    optimizer = sb.LinBreg([w], lr=1.0, delta=2.0, reg=sb.L1(0.1))
+    group = optimizer.param_groups[0]
+    assert optimizer.nearly_active(w, group, 0.1) is None  # no step yet
+    w.grad = torch.tensor([[0.0, 0.095, -0.085, -0.0950001, 0.0]], dtype=torch.float64)
+    optimizer.step()
+    assert optimizer.nearly_active(w, group, 0.1).tolist() == [[True, True, False, True, True]]
+    with torch.no_grad():
+        w[0, 2] = 1.0  # by hand: v does not know
+    assert optimizer.nearly_active(w, group, 0.1).all()
+    free = sb.LinBreg([w])
+    free.step()
+    assert free.nearly_active(w, free.param_groups[0], 0.1) is None
+
+
 @pytest.mark.parametrize("how", ["in_place", "data", "other_tensor"])
 def test_weights_may_be_written_to_at_any_time(backend, how):
     model = make(torch.float64)

@@ -145,7 +145,7 @@ def test_no_coarse_steps_is_linbreg(kind, backend):
     run(model, optimizer, cycle, batches, 25)
     run(twin, plain, plain, batches, 25)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(p, q)
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)  # patterns with room may sum in another order
     assert cycle.phase == "fine"
     assert cycle.report is None
 

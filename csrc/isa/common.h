@@ -13,3 +13,4 @@
 
 #include "kernels/table.h"
 #include "memory.h"
+#include "pattern.h"

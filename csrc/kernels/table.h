@@ -154,6 +154,13 @@ struct NormArgs {
   int threads;
 };
 
+// Where dense matrices are not zero; T is uint8_t for masks. See marks.h.
+template <class T>
+struct Marks {
+  int64_t (*mark)(const T* dense, int64_t rows, int64_t cols, uint64_t* bits, int32_t* rowptr, int threads);
+  bool (*covered)(const T* dense, int64_t rows, int64_t cols, const uint64_t* bits, int threads);
+};
+
 template <class T>
 struct Kernels {
   void (*linear_forward)(const LinearArgs<T>&);
@@ -172,12 +179,14 @@ struct Kernels {
   void (*norm_reduce)(const NormArgs<T>&);
   void (*norm_grad)(const NormArgs<T>&);
   void (*norm_unpack)(const NormArgs<T>&);
+  Marks<T> marks;
 };
 
 struct Table {
   const char* isa;
   Kernels<float> f32;
   Kernels<double> f64;
+  Marks<uint8_t> mask;
 };
 
 }  // namespace sparsebreg

@@ -77,6 +77,40 @@ SB_INLINE V<T> gather_lanes(const T* p, const int32_t* index) {
 }
 #endif
 
+// Bit i: lane i is not zero (NaN is not).
+#if defined(__x86_64__) && SB_VECTOR_BYTES == 64
+template <class T>
+SB_INLINE uint32_t nonzero_lanes(V<T> v) {
+  if constexpr (sizeof(T) == 4)
+    return _mm512_cmp_ps_mask(v, V<T>{}, _CMP_NEQ_UQ);
+  else
+    return _mm512_cmp_pd_mask(v, V<T>{}, _CMP_NEQ_UQ);
+}
+#elif defined(__x86_64__) && SB_VECTOR_BYTES == 32
+template <class T>
+SB_INLINE uint32_t nonzero_lanes(V<T> v) {
+  if constexpr (sizeof(T) == 4)
+    return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(v, V<T>{}, _CMP_NEQ_UQ)));
+  else
+    return uint32_t(_mm256_movemask_pd(_mm256_cmp_pd(v, V<T>{}, _CMP_NEQ_UQ)));
+}
+#elif defined(__x86_64__)
+template <class T>
+SB_INLINE uint32_t nonzero_lanes(V<T> v) {
+  if constexpr (sizeof(T) == 4)
+    return uint32_t(_mm_movemask_ps(_mm_cmpneq_ps(v, V<T>{})));
+  else
+    return uint32_t(_mm_movemask_pd(_mm_cmpneq_pd(v, V<T>{})));
+}
+#else
+template <class T>
+SB_INLINE uint32_t nonzero_lanes(V<T> v) {
+  uint32_t bits = 0;
+  for (int i = 0; i < Vec<T>::n; ++i) bits |= uint32_t(v[i] != T(0)) << i;
+  return bits;
+}
+#endif
+
 // Keeps v in a register where it is used twice: compilers like to load it twice instead.
 template <class T>
 SB_INLINE void in_register(V<T>& v) {

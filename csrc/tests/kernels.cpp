@@ -609,37 +609,52 @@ void test_norm() {
 }
 
 template <class T>
-void test_crossings(const Pattern& p, int threads) {
+const Marks<T>& marks() {
+  if constexpr (sizeof(T) == 1)
+    return active_table().mask;
+  else
+    return kernels<T>().marks;
+}
+
+template <class T>
+void test_marks(const Pattern& p, int threads) {
   const int64_t rows = p.index.rows, cols = p.index.cols, nnz = p.index.nnz;
-  const Doubles other = random_doubles(rows * cols);
-  Doubles gathered(p.values.size()), scattered(other);
-  std::vector<T> dense(p.at.size()), whole(other.begin(), other.end()), values(p.values.size()),
-      given(p.values.begin(), p.values.end());
-  for (size_t i = 0; i < p.at.size(); ++i) {
-    // Minus zero counts as zero and NaN does not.
+  std::vector<T> dense(p.at.size());
+  for (size_t i = 0; i < p.at.size(); ++i)  // minus zero counts as zero and NaN does not
     dense[i] = p.at[i] < 0 ? T(-0.0) : T(sizeof(T) == 1 || p.at[i] % 3 ? 1 + p.at[i] % 100 : NAN);
-    if (p.at[i] >= 0) gathered[size_t(p.at[i])] = other[i], scattered[i] = p.values[size_t(p.at[i])];
-  }
   std::vector<int32_t> rowptr(size_t(rows) + 1, -1), col(size_t(nnz), -1);
-  std::vector<uint64_t> bits(size_t(rows * row_words(cols)));
-  if (mark_nonzeros(dense.data(), rows, cols, bits.data(), rowptr.data(), threads) != nnz) fail("mark_nonzeros");
+  std::vector<uint64_t> bits(size_t(rows * row_words(cols))), again(bits.size(), ~uint64_t(0));
+  if (marks<T>().mark(dense.data(), rows, cols, bits.data(), rowptr.data(), threads) != nnz) fail("mark");
   same("rowptr", rowptr, p.rowptr);
   fill_columns(bits.data(), rows, cols, p.rowptr.data(), col.data(), threads);
   same("col", col, p.col);
-  if (!covers(p.rowptr.data(), p.col.data(), bits.data(), rows, cols, threads)) fail("covers, itself");
-  if (nnz) {  // without its last nonzero it does not
-    std::vector<int32_t> fewer(p.rowptr);
-    for (int32_t& start : fewer) start = std::min(start, int32_t(nnz - 1));
-    if (covers(fewer.data(), p.col.data(), bits.data(), rows, cols, threads)) fail("covers, one nonzero outside");
-    bits[size_t(rows * row_words(cols) - 1)] = bits[0] = 0;
-    if (!covers(p.rowptr.data(), p.col.data(), bits.data(), rows, cols, threads)) fail("covers, fewer nonzeros");
-  }
-  if constexpr (sizeof(T) > 1) {
-    gather(whole.data(), rows, cols, p.rowptr.data(), p.col.data(), values.data(), threads);
-    same("gather", Doubles(values.begin(), values.end()), gathered);
-    scatter(given.data(), rows, cols, p.rowptr.data(), p.col.data(), whole.data(), threads);
-    same("scatter", Doubles(whole.begin(), whole.end()), scattered);
-  }
+  mark_columns(rows, cols, p.rowptr.data(), p.col.data(), again.data(), threads);
+  same("mark_columns", again, bits);
+  if (!marks<T>().covered(dense.data(), rows, cols, bits.data(), threads)) fail("covered, itself");
+  for (size_t i = 0; i < dense.size(); ++i)
+    if (dense[i] != T(0) && (i < 3 || i + 3 > dense.size())) {  // without that one it is not
+      uint64_t& word = bits[i / size_t(cols) * size_t(row_words(cols)) + i % size_t(cols) / 64];
+      const uint64_t bit = uint64_t(1) << (i % size_t(cols) & 63);
+      word ^= bit;
+      if (marks<T>().covered(dense.data(), rows, cols, bits.data(), threads)) fail("covered, one nonzero outside");
+      word ^= bit;
+      dense[i] = T(0);
+      if (!marks<T>().covered(dense.data(), rows, cols, bits.data(), threads)) fail("covered, fewer nonzeros");
+    }
+}
+
+template <class T>
+void test_crossings(const Pattern& p, int threads) {
+  const int64_t rows = p.index.rows, cols = p.index.cols;
+  const Doubles other = random_doubles(rows * cols);
+  Doubles gathered(p.values.size()), scattered(other);
+  std::vector<T> whole(other.begin(), other.end()), values(p.values.size()), given(p.values.begin(), p.values.end());
+  for (size_t i = 0; i < p.at.size(); ++i)
+    if (p.at[i] >= 0) gathered[size_t(p.at[i])] = other[i], scattered[i] = p.values[size_t(p.at[i])];
+  gather(whole.data(), rows, cols, p.rowptr.data(), p.col.data(), values.data(), threads);
+  same("gather", Doubles(values.begin(), values.end()), gathered);
+  scatter(given.data(), rows, cols, p.rowptr.data(), p.col.data(), whole.data(), threads);
+  same("scatter", Doubles(whole.begin(), whole.end()), scattered);
 }
 
 void test_pattern() {
@@ -653,10 +668,13 @@ void test_pattern() {
     std::vector<int32_t> colptr(p.colptr.size(), -1), row(p.row.size(), -1), order(p.row.size(), -1);
     for (int threads : {1, 2}) {
       where = "pattern " + text({c.rows, c.cols}) + " nnz " + text({p.index.nnz, threads});
-      test_crossings<uint8_t>(p, threads);
       test_crossings<float>(p, threads);
       test_crossings<double>(p, threads);
     }
+    everywhere("marks " + text({c.rows, c.cols}), [&](auto zero, int threads) {
+      test_marks<decltype(zero)>(p, threads);
+      test_marks<uint8_t>(p, threads);
+    });
     for (int threads : {1, 3}) {
       transpose_index(c.rows, c.cols, p.rowptr.data(), p.col.data(), colptr.data(), row.data(), order.data(), threads);
       same("colptr", colptr, p.colptr);
@@ -678,7 +696,7 @@ void test_pattern() {
 }  // namespace
 
 int main() {
-  static_assert(sizeof(Kernels<float>) == 16 * sizeof(void (*)()), "a kernel of the table has no test here");
+  static_assert(sizeof(Kernels<float>) == 18 * sizeof(void (*)()), "a kernel of the table has no test here");
   test_pattern();
   test_pack();
   test_linear();

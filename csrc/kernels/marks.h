@@ -1,0 +1,67 @@
+// Where a dense matrix is not zero, one bit a place. Included inside an instruction set's namespace; no include guard.
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "nonzero_word packs bytes in memory order");
+
+// Bit i: d[i] is not zero. NaN is not.
+template <class T>
+SB_INLINE uint64_t nonzero_word(const T* d) {
+  uint64_t word = 0;
+  for (int i = 0; i < 64; i += Vec<T>::n) word |= uint64_t(nonzero_lanes<T>(load(d + i))) << i;
+  return word;
+}
+
+// The comparisons, to bytes of 0 and 1, are what compilers vectorise.
+template <>
+SB_INLINE uint64_t nonzero_word(const uint8_t* d) {
+  alignas(64) uint8_t nonzero[64];
+  for (int i = 0; i < 64; ++i) nonzero[i] = d[i] != 0;
+  uint64_t word = 0;
+  for (int i = 0; i < 64; i += 8) {
+    uint64_t bytes;
+    __builtin_memcpy(&bytes, nonzero + i, 8);
+    word |= bytes * 0x0102040810204080 >> 56 << i;  // the top byte gathers byte j's lowest bit as its bit j
+  }
+  return word;
+}
+
+// Calls f(word's number, its bits) for the words of a row of `cols` while it returns true; says whether it always did.
+template <class T, class F>
+SB_INLINE bool each_word(const T* d, int64_t cols, F f) {
+  int64_t c = 0;
+  for (; c + 64 <= cols; c += 64)
+    if (!f(c / 64, nonzero_word<T>(d + c))) return false;
+  if (c == cols) return true;
+  T rest[64] = {};
+  __builtin_memcpy(rest, d + c, size_t(cols - c) * sizeof(T));
+  return f(c / 64, nonzero_word<T>(rest));
+}
+
+// Bits (rows x row_words(cols)) and the starts of rows (rows + 1) of dense (rows x cols). Returns nnz, or -1 where it
+// does not fit int32.
+template <class T>
+int64_t mark_nonzeros(const T* dense, int64_t rows, int64_t cols, uint64_t* bits, int32_t* rowptr, int threads) {
+  const int64_t words = row_words(cols);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t r = 0; r < rows; ++r) {
+    int32_t count = 0;
+    each_word(dense + r * cols, cols, [&](int64_t w, uint64_t word) {
+      bits[r * words + w] = word;
+      count += __builtin_popcountll(word);
+      return true;
+    });
+    rowptr[r + 1] = count;
+  }
+  return sum_counts(rows, rowptr);
+}
+
+// Whether every nonzero of dense stands where `bits` has one.
+template <class T>
+bool covered(const T* dense, int64_t rows, int64_t cols, const uint64_t* bits, int threads) {
+  const int64_t words = row_words(cols);
+  bool all = true;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(&& : all)
+  for (int64_t r = 0; r < rows; ++r)
+    all = all &&
+          each_word(dense + r * cols, cols, [&](int64_t w, uint64_t word) { return !(word & ~bits[r * words + w]); });
+  return all;
+}

@@ -474,6 +474,20 @@ void linbreg_step(const Array& p, const Array& g, const Array& v, const Maybe& m
   });
 }
 
+void l1_shift(const Array& p, const Array& v, double delta, double lam, int threads) {
+  for_dtype(p, [&](auto zero) {
+    using T = decltype(zero);
+    StepArgs<T> a{};
+    a.n = p.size;
+    a.p = out<T>("p", p, a.n);
+    a.v = out<T>("v", v, a.n);
+    a.delta = delta, a.lam = lam;
+    a.threads = team(threads, double(a.n));
+    py::gil_scoped_release nogil;
+    kernels_of<T>().l1_shift(a);
+  });
+}
+
 void proxsgd_step(const Array& p, const Array& g, const Maybe& m, const Maybe& active, double lr, double beta,
                   double lam, double weight_decay, bool maximize, int threads) {
   for_dtype(p, [&](auto zero) {
@@ -726,6 +740,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv2d_backward", &conv2d_backward);
   m.def("repack", &repack);
   m.def("linbreg_step", &linbreg_step);
+  m.def("l1_shift", &l1_shift);
   m.def("adabreg_step", &adabreg_step);
   m.def("proxsgd_step", &proxsgd_step);
   m.def("max_pool", &max_pool);

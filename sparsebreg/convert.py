@@ -22,7 +22,7 @@ from sparsebreg.decide import Decider, Filter, SparsifyConfig
 from sparsebreg.errors import SwapError, expected
 from sparsebreg.nn import SparseLayer, kind, sparse_form, to_plain, to_swapped, unsupported
 from sparsebreg.optim.base import REGULARISED, BregmanOptimizer
-from sparsebreg.pattern import SparsePattern
+from sparsebreg.pattern import SparsePattern, count_nonzero
 from sparsebreg.regularizers import NoReg
 
 
@@ -447,7 +447,7 @@ def iter_weights(model: nn.Module) -> Iterator[tuple[str, int, int]]:
         if isinstance(module, SparseLayer):
             yield name, module.pattern.nnz, math.prod(module.pattern.shape)
         elif isinstance(module, REGULARISED):
-            yield name, int(module.weight.detach().count_nonzero()), module.weight.numel()
+            yield name, count_nonzero(module.weight), module.weight.numel()
 
 
 def iter_masks(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

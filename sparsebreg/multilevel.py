@@ -237,7 +237,7 @@ class Multilevel:
             module = self.model.get_submodule(name)
             if (pattern := module._pattern) is None or pattern is self._wide.get(name):
                 continue
-            near = self.optimizer.nearly_active(module.weight, groups[id(module.weight)], _SLACK)
+            near = self.optimizer.weaker(module.weight, groups[id(module.weight)], _SLACK)
             most = int(module._max_density * module.weight.numel())
             if near is not None and (wide := SparsePattern.covering(near, None, most)) is not None:
                 module._pattern = wide

@@ -103,6 +103,11 @@ CALLS = {
         {**arrays(p=7, g=7, v=7, m=7), "active": np.ones(7, dtype=bool)},
         {"p", "v", "m"},
     ),
+    "l1_shift": (
+        lambda a, t: C.l1_shift(a["p"], a["v"], 1.0, 0.1, t),
+        arrays(p=7, v=7),
+        {"p", "v"},
+    ),
     "proxsgd_step": (
         lambda a, t: C.proxsgd_step(a["p"], a["g"], a["m"], a["active"], 0.1, 0.9, 0.1, 0.0, False, t),
         {**arrays(p=7, g=7, m=7), "active": np.ones(7, dtype=bool)},

@@ -56,6 +56,26 @@ void linbreg_step(const StepArgs<T>& a) {
   in_pieces(a, linbreg_piece<T, true>, linbreg_piece<T, false>);
 }
 
+// v and p after lam of the L1 norm has changed to a.lam. What stays active keeps its weight: v = p / delta +- lam. What
+// does not falls asleep with its v, and what would wake by the change is held at the bound.
+template <class T>
+void l1_shift_piece(const StepArgs<T>& a, int64_t begin, int64_t n) {
+  const T delta = T(a.delta), scale = T(1 / a.delta), lam = T(a.lam), threshold = T(a.delta * a.lam);
+  T* __restrict p = a.p + begin;
+  T* __restrict v = a.v + begin;
+  for (int64_t k = 0; k < n; ++k) {
+    const T beyond = shrunk(delta * v[k], threshold), w = beyond != T(0) ? p[k] : T(0);
+    const T kept = scale * w + (w > T(0) ? lam : -lam), held = v[k] - scale * beyond;
+    v[k] = w != T(0) ? kept : held;
+    p[k] = w;
+  }
+}
+
+template <class T>
+void l1_shift(const StepArgs<T>& a) {
+  in_pieces(a, l1_shift_piece<T>, l1_shift_piece<T>);
+}
+
 // One adaptive linearized Bregman step: g' = sign * g (+ decay * p, or decoupled: v -= lr * decay * p);
 // m = lerp(m, g', 1 - beta1);  s = beta2 * s + (1 - beta2) * g'^2;  v -= lr * (m / correction1) /
 // (sqrt(s / correction2) + eps);  then as above.

@@ -170,6 +170,7 @@ struct Kernels {
   void (*pack)(const PackArgs<T>&);
   void (*unpack)(const PackArgs<T>&);
   void (*linbreg_step)(const StepArgs<T>&);
+  void (*l1_shift)(const StepArgs<T>&);
   void (*adabreg_step)(const AdaStepArgs<T>&);
   void (*proxsgd_step)(const StepArgs<T>&);
   void (*max_pool_forward)(const PoolArgs<T>&);

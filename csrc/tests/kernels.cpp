@@ -426,6 +426,37 @@ void test_linbreg_step() {
   family("linbreg_step");
 }
 
+void test_l1_shift() {
+  for (int64_t n : {1, 5, 16, 8192, 20003})
+    for (double lam : {0.0, 0.25, 0.5, 2.0}) {
+      const double before = 0.375, delta = 1.5;
+      const Doubles v0 = random_doubles(n);
+      Doubles p0(v0.size());
+      for (size_t i = 0; i < p0.size(); ++i) {
+        const double beyond = std::max(std::abs(v0[i]) - before, 0.0);
+        p0[i] = i % 7 == 3 ? 0.0 : std::copysign(delta * beyond, v0[i]);  // some were set to zero by hand
+      }
+      Doubles p(p0), v(v0);
+      for (size_t i = 0; i < p.size(); ++i) {
+        if (std::abs(v0[i]) <= lam) {
+          p[i] = 0;
+        } else {
+          v[i] = p0[i] / delta + std::copysign(lam, v0[i]);
+        }
+      }
+      everywhere("l1_shift " + text({n}) + " lam " + std::to_string(lam), [&](auto zero, int threads) {
+        using T = decltype(zero);
+        Buffer<T> pb(p0), vb(v0);
+        StepArgs<T> a{};
+        a.n = n, a.p = pb, a.v = vb, a.delta = delta, a.lam = lam, a.threads = threads;
+        kernels<T>().l1_shift(a);
+        compare("p", pb, p);
+        compare("v", vb, v);
+      });
+    }
+  family("l1_shift");
+}
+
 void test_proxsgd_step() {
   for (int64_t n : {1, 5, 16, 8192, 20003})
     for (int variant : {0, 1, 2, 3})
@@ -696,12 +727,13 @@ void test_pattern() {
 }  // namespace
 
 int main() {
-  static_assert(sizeof(Kernels<float>) == 18 * sizeof(void (*)()), "a kernel of the table has no test here");
+  static_assert(sizeof(Kernels<float>) == 19 * sizeof(void (*)()), "a kernel of the table has no test here");
   test_pattern();
   test_pack();
   test_linear();
   test_conv2d();
   test_linbreg_step();
+  test_l1_shift();
   test_proxsgd_step();
   test_adabreg_step();
   test_max_pool();

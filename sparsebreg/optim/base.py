@@ -156,17 +156,17 @@ class BregmanOptimizer(torch.optim.Optimizer):
         return duals if delta == 1 else list(torch._foreach_mul(duals, delta)), delta
 
     @torch.no_grad()
-    def nearly_active(self, p: torch.Tensor, group: dict[str, Any], slack: float) -> torch.Tensor | None:
-        """Mask of the weights that are not zero, or would not be if the regularizer were weaker by ``slack``.
+    def weaker(self, p: torch.Tensor, group: dict[str, Any], slack: float) -> torch.Tensor | None:
+        """What p would be if its regularizer were weaker by the part ``slack``; ``group`` is that of p.
 
-        In the next steps hardly any others wake. None where that cannot be told: for a regularizer that makes no zeros,
-        and without a dual variable.
+        In the next steps hardly any weights wake but those that are not zero here. None where that cannot be told: for
+        a regularizer that makes no zeros, and without a dual variable.
         """
         dual, reg = self.state[p].get("dual") if p in self.state else None, group["reg"]
         if dual is None or not reg.sparse:
             return None
-        weaker, delta = reg.with_lam((1 - slack) * reg.lam), group["delta"]
-        return (weaker.prox(delta * dual, delta) != 0).logical_or_(p)
+        delta = group["delta"]
+        return reg.with_lam((1 - slack) * reg.lam).prox(dual if delta == 1 else delta * dual, delta)
 
     def _reg(self, p: torch.Tensor, group: dict[str, Any]) -> Regularizer:
         pattern = self.patterns.get(p)

@@ -337,11 +337,11 @@ class LambdaScheduler:
     def _follow(self, p: torch.Tensor, dual: torch.Tensor, group: dict[str, Any], ratio: float) -> None:
         """v and θ after the λ of ``group`` was multiplied by ``ratio``."""
         reg, delta = group["reg"], group["delta"]
-        if self.on_change == "shift" and type(reg) is L1 and (C := native()) is not None:
-            if (arrays := shared(p, (p, dual))) is not None:
-                C.l1_shift(*arrays, delta, reg.lam, torch.get_num_threads())
-                torch.autograd.graph.increment_version(p)  # written behind autograd's back
-                return
+        C = native() if self.on_change == "shift" and type(reg) is L1 else None
+        if C is not None and (arrays := shared(p, (p, dual))) is not None:
+            C.l1_shift(*arrays, delta, reg.lam, torch.get_num_threads())
+            torch.autograd.graph.increment_version(p)  # written behind autograd's back
+            return
         if self.on_change == "rescale" and ratio < 1:
             dual.copy_(torch.where(p == 0, dual * ratio, dual))
         weight = reg.prox(dual * delta, delta)

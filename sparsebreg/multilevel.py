@@ -34,7 +34,8 @@ class Multilevel:
 
     Call :meth:`step` where ``optimizer.step()`` stood. While the pattern is frozen the model's layers are sparse ones,
     and weights, dual variables and momentum outside of the pattern stand still. In the fine phase they are the dense
-    ones, which compute output and input gradient over the nonzero weights and only the weight's gradient in full.
+    ones, which compute output and input gradient over the nonzero weights (and a few that are close to waking) and
+    only the weight's gradient in full.
 
     Args:
         model: the model, dense.
@@ -232,20 +233,20 @@ class Multilevel:
 
     def _widen(self) -> None:
         """Gives room to the patterns that layers had to make in the latest step, so that they hold for longer."""
-        groups = {id(p): g for g in self.optimizer.param_groups for p in g["params"]}
         for name in self._able:
             module = self.model.get_submodule(name)
             if (pattern := module._pattern) is None or pattern is self._wide.get(name):
                 continue
-            near = self.optimizer.weaker(module.weight, groups[id(module.weight)], _SLACK)
-            most = int(module._max_density * module.weight.numel())
-            if near is not None and (wide := SparsePattern.covering(near, None, most)) is not None:
-                module._pattern = wide
+            near = self.optimizer.weaker(module.weight, _SLACK)
+            if near is not None:
+                most = int(module._max_density * near.numel())
+                module._pattern = SparsePattern.covering(near, None, most) or pattern
             self._wide[name] = module._pattern
 
     def _carry_out(self, plan: Plan) -> None:
         carry_out(self.model, plan, self.optimizer, keep_grads=False)
         self._patterns, self._masks, self.report = plan.patterns, plan.masks, plan.report
+        self._wide = {}
         for name in self._able:
             if name not in plan.patterns:  # too dense for now
                 to_plain(self.model.get_submodule(name))

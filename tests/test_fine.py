@@ -87,16 +87,15 @@ def test_patterns_hold_for_many_fine_steps(make_optimizer, backend):
 def test_weights_of_a_weaker_regularizer():
     w = nn.Parameter(torch.tensor([[0.5, 0.0, 0.0, 0.0, -0.2]], dtype=torch.float64))
     optimizer = sb.LinBreg([w], lr=1.0, delta=2.0, reg=sb.L1(0.1))
-    group = optimizer.param_groups[0]
-    assert optimizer.weaker(w, group, 0.1) is None  # no step yet
+    assert optimizer.weaker(w, 0.1) is None  # no step yet
     w.grad = torch.tensor([[0.0, 0.095, -0.085, -0.0950001, 0.0]], dtype=torch.float64)
     optimizer.step()
     want = torch.tensor([[0.52, -0.01, 0.0, 0.0100002, -0.22]], dtype=torch.float64)
-    torch.testing.assert_close(optimizer.weaker(w, group, 0.1), want)
-    torch.testing.assert_close(optimizer.weaker(w, group, 0.0), w.detach())
+    torch.testing.assert_close(optimizer.weaker(w, 0.1), want)
+    torch.testing.assert_close(optimizer.weaker(w, 0.0), w.detach())
     free = sb.LinBreg([w])
     free.step()
-    assert free.weaker(w, free.param_groups[0], 0.1) is None
+    assert free.weaker(w, 0.1) is None
 
 
 @pytest.mark.parametrize("how", ["in_place", "data", "other_tensor"])

@@ -131,6 +131,13 @@ def test_covering_of_another_shape(builder):
         SparsePattern.covering(torch.ones(3, 4), SparsePattern.from_mask(MASKS["some"]), 12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.bool])
+def test_count_nonzero(dtype):
+    t = torch.tensor([[0.0, -0.0, 2.0], [float("inf"), 1.0, -3.0]]).clamp(-4, 4).to(dtype)
+    assert pattern.count_nonzero(t) == pattern.count_nonzero(t.t()) == 4
+    assert pattern.count_nonzero(t[:0]) == 0
+
+
 def test_nan_is_a_nonzero():
     weight = torch.zeros(2, 3)
     weight[1, 1] = float("nan")

@@ -15,6 +15,14 @@ SB_INLINE T shrunk(T z, T threshold) {
   return up > T(0) ? up : down < T(0) ? down : z - z;
 }
 
+// Zero for subnormal numbers, with which CPUs are a hundred times slower: where gradients stay away, as behind units
+// that died, momentum decays into them within some hundred steps.
+template <class T>
+SB_INLINE T normal(T x) {
+  constexpr T least_normal = std::numeric_limits<T>::min();
+  return x < least_normal && x > -least_normal ? T(0) : x;
+}
+
 // p = delta * v shrunk by threshold.
 template <class T, bool MASKED>
 void shrink(T* __restrict p, const T* __restrict v, const uint8_t* __restrict active, T delta, T threshold, int64_t n) {
@@ -38,7 +46,7 @@ void linbreg_piece(const StepArgs<T>& a, int64_t begin, int64_t n) {
   if (a.m) {
     T* __restrict m = a.m + begin;
     for (int64_t k = 0; k < n; ++k) {
-      const T moved = beta * m[k] + gain * (sign * g[k] + decay * p[k]), down = v[k] - moved;
+      const T moved = normal(beta * m[k] + gain * (sign * g[k] + decay * p[k])), down = v[k] - moved;
       m[k] = !MASKED || active[k] ? moved : m[k];
       v[k] = !MASKED || active[k] ? down : v[k];
     }
@@ -92,7 +100,7 @@ void adabreg_piece(const AdaStepArgs<T>& a, int64_t begin, int64_t n) {
   const uint8_t* __restrict active = MASKED ? a.active + begin : nullptr;
   for (int64_t k = 0; k < n; ++k) {
     const T grad = sign * g[k] + coupled * p[k];
-    const T mean = m[k] + keep1 * (grad - m[k]), square = beta2 * s[k] + keep2 * (grad * grad);
+    const T mean = normal(m[k] + keep1 * (grad - m[k])), square = normal(beta2 * s[k] + keep2 * (grad * grad));
     const T moved = v[k] - apart * p[k] - step * mean / (std::sqrt(square) * root + eps);
     m[k] = !MASKED || active[k] ? mean : m[k];
     s[k] = !MASKED || active[k] ? square : s[k];
@@ -117,7 +125,7 @@ void proxsgd_piece(const StepArgs<T>& a, int64_t begin, int64_t n) {
   if (a.m) {
     T* __restrict m = a.m + begin;
     for (int64_t k = 0; k < n; ++k) {
-      const T moved = beta * m[k] + (sign * g[k] + decay * p[k]), w = shrunk(p[k] - lr * moved, threshold);
+      const T moved = normal(beta * m[k] + (sign * g[k] + decay * p[k])), w = shrunk(p[k] - lr * moved, threshold);
       m[k] = !MASKED || active[k] ? moved : m[k];
       p[k] = !MASKED || active[k] ? w : p[k];
     }

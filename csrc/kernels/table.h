@@ -84,7 +84,7 @@ struct PackArgs {
   int threads;
 };
 
-// A step of LinBreg on n weights, or of ProxSGD, which has neither v nor delta.
+// A step of LinBreg on n weights, or of ProxSGD, which has neither v nor delta. l1_shift takes p, v, delta and lam only.
 template <class T>
 struct StepArgs {
   int64_t n;

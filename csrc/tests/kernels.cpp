@@ -525,6 +525,36 @@ void test_adabreg_step() {
   family("adabreg_step");
 }
 
+// Without gradients momentum ends at zero: subnormal numbers would make every later step many times slower.
+void test_subnormal_state() {
+  everywhere("subnormal state", [&](auto zero, int threads) {
+    using T = decltype(zero);
+    const T tiny = std::numeric_limits<T>::min();
+    const int64_t n = 37;
+    for (T state : {tiny, -tiny, tiny / 4, 8 * tiny}) {
+      std::vector<T> p(n, T(0)), g(n, T(0)), v(n, T(0)), m(n, state), s(n, tiny), more(m);
+      const auto is = [&](const std::vector<T>& x, T value, const char* what) {
+        ++compared;
+        for (T one : x)
+          if (one != value) return fail(what);
+      };
+      StepArgs<T> a{n, p.data(), g.data(), v.data(), m.data(), nullptr, 0.1, 0.75, 1, 0.1, 0, 1, threads};
+      const T next = std::abs(state) > tiny ? T(0.75) * state : T(0);
+      kernels<T>().linbreg_step(a);
+      is(m, next, "linbreg_step");
+      m = more;
+      kernels<T>().proxsgd_step(a);
+      is(m, next, "proxsgd_step");
+      m = more;
+      kernels<T>().adabreg_step(AdaStepArgs<T>{n, p.data(), g.data(), v.data(), m.data(), s.data(), nullptr, 0.1, 0.75,
+                                               0.75, 1e-8, 1, 1, 1, 0.1, 0, 1, false, threads});
+      is(m, next, "adabreg_step, mean");
+      is(s, T(0), "adabreg_step, square");
+    }
+  });
+  family("subnormals");
+}
+
 void test_max_pool() {
   struct {
     int64_t planes;
@@ -736,6 +766,7 @@ int main() {
   test_l1_shift();
   test_proxsgd_step();
   test_adabreg_step();
+  test_subnormal_state();
   test_max_pool();
   test_norm();
 }

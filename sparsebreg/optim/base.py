@@ -156,14 +156,15 @@ class BregmanOptimizer(torch.optim.Optimizer):
         return duals if delta == 1 else list(torch._foreach_mul(duals, delta)), delta
 
     @torch.no_grad()
-    def weaker(self, p: torch.Tensor, group: dict[str, Any], slack: float) -> torch.Tensor | None:
-        """What p would be if its regularizer were weaker by the part ``slack``; ``group`` is that of p.
+    def weaker(self, p: torch.Tensor, slack: float) -> torch.Tensor | None:
+        """What the parameter p would be if its regularizer's ``lam`` were smaller by the part ``slack``.
 
         In the next steps hardly any weights wake but those that are not zero here. None where that cannot be told: for
-        a regularizer that makes no zeros, and without a dual variable.
+        a regularizer that makes no zeros or has no ``lam``, and without a dual variable.
         """
+        group = next(g for g in self.param_groups if any(p is q for q in g["params"]))
         dual, reg = self.state[p].get("dual") if p in self.state else None, group["reg"]
-        if dual is None or not reg.sparse:
+        if dual is None or not reg.sparse or not hasattr(reg, "lam"):
             return None
         delta = group["delta"]
         return reg.with_lam((1 - slack) * reg.lam).prox(dual if delta == 1 else delta * dual, delta)

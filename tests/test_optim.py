@@ -247,6 +247,29 @@ def test_many_parameters_at_once(name, monkeypatch):
             assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("reg", [sb.L1(0.1), sb.GroupL2(0.1)], ids=["native", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@each
+def test_state_does_not_decay_into_subnormal_numbers(name, dtype, reg):
+    """They make every later step many times slower."""
+    tiny = torch.finfo(dtype).tiny
+    p = torch.nn.Parameter(torch.zeros(3, 8, dtype=dtype))
+    cls, options, _ = OPTIMIZERS[name]
+    optimizer = cls([p], reg=reg, **{**options, "weight_decay": 0})
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = [k for k in ("momentum_buffer", "exp_avg", "exp_avg_sq") if k in optimizer.state[p]]
+    assert kept
+    for k in kept:
+        optimizer.state[p][k][:] = torch.tensor([tiny, -tiny, tiny / 4, 8 * tiny, 0, 1, -1, 0.5], dtype=dtype).abs_()
+        if k != "exp_avg_sq":
+            optimizer.state[p][k][:, 1] *= -1
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for k in kept:
+        assert ((optimizer.state[p][k] != 0) == torch.tensor([0, 0, 0, 1, 0, 1, 1, 1], dtype=torch.bool)).all()
+
+
 class TestTorchTools:
     @each
     def test_closure(self, name):

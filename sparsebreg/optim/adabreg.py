@@ -10,7 +10,7 @@ import torch
 
 from sparsebreg._extension import native
 from sparsebreg.errors import check_real, expected
-from sparsebreg.optim.base import BregmanOptimizer, shared
+from sparsebreg.optim.base import BregmanOptimizer, flush, shared
 from sparsebreg.regularizers import L1, NoReg, Regularizer
 
 
@@ -120,6 +120,7 @@ class AdaBreg(BregmanOptimizer):
         torch._foreach_lerp_(means, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        flush((*means, *squares))
         scale = torch._foreach_sqrt(squares)
         torch._foreach_div_(scale, [math.sqrt(1 - beta2 ** s["step"]) for s in states])
         torch._foreach_add_(scale, group["eps"])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sparsebreg._extension import native
-from sparsebreg.optim.base import BregmanOptimizer, check_momentum, shared
+from sparsebreg.optim.base import BregmanOptimizer, check_momentum, flush, shared
 from sparsebreg.regularizers import L1, NoReg, Regularizer
 
 
@@ -98,4 +98,5 @@ class LinBreg(BregmanOptimizer):
         moments = [s["momentum_buffer"] for s in states]
         torch._foreach_mul_(moments, beta)
         torch._foreach_add_(moments, grads, alpha=(1 - beta) * lr)
+        flush(moments)
         torch._foreach_sub_(duals, moments)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sparsebreg._extension import native
-from sparsebreg.optim.base import BregmanOptimizer, check_momentum, shared
+from sparsebreg.optim.base import BregmanOptimizer, check_momentum, flush, shared
 from sparsebreg.regularizers import L1, NoReg, Regularizer
 
 
@@ -89,5 +89,6 @@ class ProxSGD(BregmanOptimizer):
             moments = [s["momentum_buffer"] for s in states]
             torch._foreach_mul_(moments, beta)
             torch._foreach_add_(moments, grads)
+            flush(moments)
             grads = moments
         return list(torch._foreach_sub(params, grads, alpha=lr)), lr

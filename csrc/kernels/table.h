@@ -84,7 +84,8 @@ struct PackArgs {
   int threads;
 };
 
-// A step of LinBreg on n weights, or of ProxSGD, which has neither v nor delta. l1_shift takes p, v, delta and lam only.
+// A step of LinBreg on n weights, or of ProxSGD, which has neither v nor delta. l1_shift takes p, v, delta and lam
+// only.
 template <class T>
 struct StepArgs {
   int64_t n;

@@ -235,7 +235,8 @@ class Multilevel:
         """Gives room to the patterns that layers had to make in the latest step, so that they hold for longer."""
         for name in self._able:
             module = self.model.get_submodule(name)
-            if (pattern := module._pattern) is None or pattern is self._wide.get(name):
+            pattern = getattr(module, "_pattern", None)
+            if pattern is None or pattern is self._wide.get(name):
                 continue
             near = self.optimizer.weaker(module.weight, _SLACK)
             if near is not None:

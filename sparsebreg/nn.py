@@ -254,10 +254,10 @@ class SparseConv2d(SparseLayer):
 
 
 class _Fine:
-    """What a dense layer is in the fine phase: the same module and parameters, computed over the nonzero weights.
+    """What a dense layer is in the fine phase: the same module and parameters, computed over a pattern.
 
     Output and grad_x need the active weights only; the gradient of the weight is full. The pattern is that of the last
-    static phase while the nonzeros stay inside of it, and made anew where they do not.
+    static phase, or a wider one of the cycle, while the nonzeros stay inside of it; where they do not, it is made anew.
     """
 
     _pattern: SparsePattern | None

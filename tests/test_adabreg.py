@@ -38,6 +38,24 @@ def test_without_regularizer_it_is_adam(decay, decoupled, maximize):
     assert not torch.allclose(w, start)
 
 
+@pytest.mark.parametrize("reg", [sb.NoReg(), sb.L1(0.0), sb.GroupL2(0.0)], ids=repr)
+def test_without_eps_and_with_gradients_that_vanish(reg):
+    """Squares below the smallest number must not become a zero to divide by."""
+    w, twin = nn.Parameter(torch.full((3, 16), 0.5)), nn.Parameter(torch.full((3, 16), 0.5))
+    options = {"lr": 0.001, "betas": (0.9, 0.9), "eps": 0.0}
+    ours, theirs = sb.AdaBreg([w], reg=reg, **options), torch.optim.Adam([twin], **options)
+    for i in range(1100):
+        for p, o in ((w, ours), (twin, theirs)):
+            p.grad = torch.full_like(p, 1e-3 if i < 5 else 0.0)
+            o.step()
+        if i < 300:  # later theirs divides one subnormal number by another
+            torch.testing.assert_close(w.detach(), twin.detach())
+    assert w.isfinite().all()
+    w.grad = torch.full_like(w, 1e-20)
+    ours.step()
+    assert w.isfinite().all()
+
+
 def test_makes_zeros_and_descends():
     loss, start = plain.least_squares((10, 20))
     w = nn.Parameter(start)

@@ -267,6 +267,80 @@ def test_resumed_run_is_bit_identical(how, kind, config, steps, one_thread, back
         assert_same(a.state_dict(), b.state_dict())
 
 
+@pytest.mark.parametrize(("coarse_steps", "fine_steps"), [(0, 1), (3, 6)])
+@pytest.mark.parametrize("kind", ["mlp", "convnet"])
+def test_resumed_between_fine_steps(kind, coarse_steps, fine_steps, one_thread, backend):
+    """Patterns that were given room stay what they are, and those that were not get it as without the stop."""
+
+    def build():
+        model, batches = make(kind, torch.float64)
+        optimizer = sb.LinBreg(sb.param_groups(model, sb.L1(LAM)), lr=0.02, momentum=BETA)
+        return model, batches, optimizer, sb.Multilevel(model, optimizer, coarse_steps, ALWAYS, fine_steps=fine_steps)
+
+    model, batches, optimizer, cycle = build()
+    wide = set()
+    for steps in range(14):
+        if steps % 3 == 1:
+            model(batches[0][0])  # an evaluation, which may have to make a pattern
+        states = save_and_load(model, optimizer, cycle)
+        wide.add(len(states[2]["wide"]))
+        twin, _, other, resumed = build()
+        for o, state in ((resumed, states[2]), (twin, states[0]), (other, states[1])):
+            o.load_state_dict(state)
+        assert_same(resumed.state_dict(), states[2])
+        old = {k: v for k, v in states[2].items() if k != "wide"}  # as saved before there was room
+        build()[3].load_state_dict(old)
+        run(model, optimizer, cycle, batches, 1, steps)
+        run(twin, other, resumed, batches, 1, steps)
+        for a, b in ((model, twin), (optimizer, other), (cycle, resumed)):
+            assert_same(a.state_dict(), b.state_dict())
+    assert len(wide) > 1
+
+
+@pytest.mark.parametrize(("coarse_steps", "fine_steps"), [(0, 1), (2, 3)])
+def test_steps_after_a_thaw_by_hand(coarse_steps, fine_steps, backend):
+    model, batches = make("mlp", torch.float64)
+    optimizer = sb.LinBreg(sb.param_groups(model, sb.L1(LAM)), lr=LR)
+    cycle = sb.Multilevel(model, optimizer, coarse_steps, ALWAYS, fine_steps=fine_steps)
+    run(model, optimizer, cycle, batches, 1)
+    cycle.thaw()
+    before = copy.deepcopy(model)
+    run(model, optimizer, cycle, batches, 8, 1)
+    assert not torch.equal(model[1].weight, before[1].weight)
+
+
+class Half(sb.L1):
+    """One of the user's own, that takes no other lam."""
+
+    def with_lam(self, lam):
+        raise TypeError("fixed")
+
+
+@pytest.mark.parametrize("reg", [sb.L1GroupL2(0.0, lam_group=0.01), Half(LAM), sb.L1(0.0)], ids=repr)
+def test_fine_steps_with_a_regularizer_that_cannot_be_scaled(reg, backend):
+    model, batches = make("mlp", torch.float64)
+    optimizer = sb.LinBreg(sb.param_groups(model, reg), lr=LR)
+    cycle = sb.Multilevel(model, optimizer, 0, ALWAYS)
+    twin = copy.deepcopy(model)
+    plain = sb.LinBreg(sb.param_groups(twin, reg), lr=LR)
+    run(model, optimizer, cycle, batches, 6)
+    run(twin, plain, plain, batches, 6)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        close(p.detach(), q.detach())
+
+
+def test_fine_steps_after_a_weight_was_replaced(backend):
+    model, batches = make("mlp", torch.float64)
+    optimizer, cycle = build(model, 0, ALWAYS)
+    run(model, optimizer, cycle, batches, 2)
+    model[1].weight = nn.Parameter(model[1].weight.detach() + 1)  # not the optimizer's: it stays
+    fixed = model[1].weight.detach().clone()
+    run(model, optimizer, cycle, batches, 3, 2)
+    assert torch.equal(model[1].weight, fixed)
+    model[1] = nn.Linear(36, 40, dtype=torch.float64)
+    run(model, optimizer, cycle, batches, 3, 5)
+
+
 def assert_same(a, b):
     if isinstance(a, dict):
         assert a.keys() == b.keys()

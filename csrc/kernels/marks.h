@@ -2,7 +2,7 @@
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "nonzero_word packs bytes in memory order");
 
-// Bit i: d[i] is not zero. NaN is not.
+// Bit i: d[i] is not zero. NaN counts as nonzero.
 template <class T>
 SB_INLINE uint64_t nonzero_word(const T* d) {
   uint64_t word = 0;

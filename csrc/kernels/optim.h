@@ -91,6 +91,7 @@ template <class T, bool MASKED>
 void adabreg_piece(const AdaStepArgs<T>& a, int64_t begin, int64_t n) {
   const T step = T(a.lr / a.correction1), root = T(1 / std::sqrt(a.correction2)), eps = T(a.eps), delta = T(a.delta);
   const T keep1 = T(1 - a.beta1), beta2 = T(a.beta2), keep2 = T(1 - a.beta2), sign = T(a.sign);
+  constexpr T least_normal = std::numeric_limits<T>::min();
   const T coupled = T(a.decoupled ? 0 : a.weight_decay), apart = T(a.decoupled ? a.lr * a.weight_decay : 0);
   T* __restrict p = a.p + begin;
   T* __restrict v = a.v + begin;
@@ -100,7 +101,8 @@ void adabreg_piece(const AdaStepArgs<T>& a, int64_t begin, int64_t n) {
   const uint8_t* __restrict active = MASKED ? a.active + begin : nullptr;
   for (int64_t k = 0; k < n; ++k) {
     const T grad = sign * g[k] + coupled * p[k];
-    const T mean = normal(m[k] + keep1 * (grad - m[k])), square = normal(beta2 * s[k] + keep2 * (grad * grad));
+    const T mean = normal(m[k] + keep1 * (grad - m[k])), decayed = beta2 * s[k] + keep2 * (grad * grad);
+    const T square = decayed < least_normal ? least_normal : decayed;  // not zero, which eps = 0 would divide by
     const T moved = v[k] - apart * p[k] - step * mean / (std::sqrt(square) * root + eps);
     m[k] = !MASKED || active[k] ? mean : m[k];
     s[k] = !MASKED || active[k] ? square : s[k];

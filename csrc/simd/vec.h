@@ -77,7 +77,7 @@ SB_INLINE V<T> gather_lanes(const T* p, const int32_t* index) {
 }
 #endif
 
-// Bit i: lane i is not zero (NaN is not).
+// Bit i: lane i is not zero. NaN counts as nonzero.
 #if defined(__x86_64__) && SB_VECTOR_BYTES == 64
 template <class T>
 SB_INLINE uint32_t nonzero_lanes(V<T> v) {

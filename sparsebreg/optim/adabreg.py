@@ -120,7 +120,9 @@ class AdaBreg(BregmanOptimizer):
         torch._foreach_lerp_(means, grads, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        flush((*means, *squares))
+        flush(means)
+        for s in squares:
+            s.clamp_(min=torch.finfo(s.dtype).tiny)  # not to zero, which eps = 0 would divide by
         scale = torch._foreach_sqrt(squares)
         torch._foreach_div_(scale, [math.sqrt(1 - beta2 ** s["step"]) for s in states])
         torch._foreach_add_(scale, group["eps"])

@@ -92,8 +92,8 @@ class BregmanOptimizer(torch.optim.Optimizer):
 
     State of a parameter: ``dual`` (v), what the subclass keeps, and while its pattern is frozen either ``frozen`` (it
     is the ``values`` of a sparse layer: the dense state that the thaw brings back outside of the pattern) or ``active``
-    (it stayed dense: the mask of the weights that may move). Momentum and moments that decay below the smallest normal
-    number become zero.
+    (it stayed dense: the mask of the weights that may move). Momentum that decays below the smallest normal number
+    becomes zero, and second moments stay at it.
 
     Parameters are float32 or float64. For mixed precision keep them so and compute under ``torch.autocast``, with
     ``torch.amp.GradScaler`` if needed; half-precision parameters are refused, since v moves by far less than their
@@ -161,14 +161,19 @@ class BregmanOptimizer(torch.optim.Optimizer):
         """What the parameter p would be if its regularizer's ``lam`` were smaller by the part ``slack``.
 
         In the next steps hardly any weights wake but those that are not zero here. None where that cannot be told: for
-        a regularizer that makes no zeros or has no ``lam``, and without a dual variable.
+        a regularizer that makes no zeros or has no ``lam`` to scale, without a dual variable, and for the values of a
+        sparse layer.
         """
-        group = next(g for g in self.param_groups if any(p is q for q in g["params"]))
-        dual, reg = self.state[p].get("dual") if p in self.state else None, group["reg"]
-        if dual is None or not reg.sparse or not hasattr(reg, "lam"):
+        group = next((g for g in self.param_groups if any(p is q for q in g["params"])), None)
+        dual = self.state[p].get("dual") if p in self.state else None
+        if group is None or dual is None or p in self.patterns or not group["reg"].sparse:
+            return None
+        try:
+            reg = group["reg"].with_lam((1 - slack) * group["reg"].lam)
+        except (AttributeError, TypeError, ValueError):  # one of the user's own, or only a part of it has a lam
             return None
         delta = group["delta"]
-        return reg.with_lam((1 - slack) * reg.lam).prox(dual if delta == 1 else delta * dual, delta)
+        return reg.prox(dual if delta == 1 else delta * dual, delta)
 
     def _reg(self, p: torch.Tensor, group: dict[str, Any]) -> Regularizer:
         pattern = self.patterns.get(p)
@@ -260,7 +265,7 @@ def _check_dtype(p: torch.Tensor) -> None:
 
 
 def flush(tensors: Iterable[torch.Tensor]) -> None:
-    """Sets subnormal numbers to zero, in place: with them CPUs compute many times slower.
+    """Sets subnormal numbers, and the smallest normal one, to zero, in place: with them CPUs compute many times slower.
 
     Where gradients stay away, as behind units that died, momentum decays into them within some hundred steps.
     """

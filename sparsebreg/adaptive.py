@@ -14,7 +14,7 @@ from sparsebreg._extension import native
 from sparsebreg.errors import check_choice, check_int, check_real, expected
 from sparsebreg.multilevel import Multilevel
 from sparsebreg.optim.base import REGULARISED, BregmanOptimizer, shared
-from sparsebreg.pattern import count_nonzero
+from sparsebreg.pattern import count_nonzero, kth_largest
 from sparsebreg.regularizers import L1
 
 #: How far the target is on its way at a fraction of the ramp.
@@ -318,7 +318,7 @@ class LambdaScheduler:
             total = sum(self._sizes) + sum(m.weight.numel() for m in self._fixed)
             goal = (goal * total - sum(count_nonzero(m.weight) for m in self._fixed)) / max(1, sum(self._sizes))
         rank = len(values) - int(max(0.0, goal) * len(values))
-        return float(values.kthvalue(min(len(values), max(1, rank))).values) if len(values) else None
+        return kth_largest(values, len(values) + 1 - min(len(values), max(1, rank))) if len(values) else None
 
     @torch.no_grad()
     def _move(self, unit: list[int], ratio: float) -> None:

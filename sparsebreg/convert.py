@@ -175,7 +175,7 @@ def _check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
             raise TypeError(expected(f"masks['{name}']", "a boolean tensor", got))
         if mask.shape != weight.shape:
             raise ValueError(expected(f"masks['{name}']", f"shape {tuple(weight.shape)}", tuple(mask.shape)))
-        if outside := int(weight.detach()[~mask].count_nonzero()):
+        if outside := count_nonzero(torch.where(mask, 0, weight.detach())):
             raise ValueError(expected(f"masks['{name}']", "zero weights outside of it", f"{outside} others"))
 
 

@@ -249,7 +249,7 @@ class _DropAndGrow(MaskedTraining):
     def _change(self, name: str, weight: nn.Parameter, mask: torch.Tensor) -> torch.Tensor:
         active = int(mask.sum())
         drop = int(self.fraction(self.steps) * active)
-        kept = largest(torch.where(mask, weight.abs(), -1), active - drop)
+        kept = largest(weight.abs(), active - drop, among=mask)
         score = self._growth(weight)
         return kept | largest(torch.where(kept, -1, score), drop)
 
@@ -360,9 +360,11 @@ class GradualPruning(MaskedTraining):
 
     def _update(self) -> None:
         if self.distribution == "global":
-            scores = [torch.where(self.masks[n], m.weight.detach().abs(), -1) for n, m in self._dense().items()]
-            flat = torch.cat([s.reshape(-1) for s in scores])
-            keep = largest(flat, round((1 - self.part(self.steps) * (1 - self.final)) * flat.numel()))
+            scores = [m.weight.detach().abs() for m in self._dense().values()]
+            flat, among = (
+                torch.cat([t.reshape(-1) for t in ts]) for ts in (scores, [self.masks[n] for n in self._dense()])
+            )
+            keep = largest(flat, round((1 - self.part(self.steps) * (1 - self.final)) * flat.numel()), among)
             parts = keep.split([s.numel() for s in scores])
             self._next = {n: k.view(s.shape) for n, k, s in zip(self._dense(), parts, scores, strict=True)}
         super()._update()
@@ -371,7 +373,7 @@ class GradualPruning(MaskedTraining):
         if self.distribution == "global":
             return self._next[name]
         density = 1 - self.part(self.steps) * (1 - self._final[name])
-        return largest(torch.where(mask, weight.abs(), -1), round(density * weight.numel()))
+        return largest(weight.abs(), round(density * weight.numel()), among=mask)
 
 
 class Prune(GradualPruning):

@@ -18,7 +18,7 @@ from sparsebreg.decide import Decider, Filter, SparsifyConfig
 from sparsebreg.errors import SwapError, check_choice, check_int, expected
 from sparsebreg.nn import to_fine, to_plain
 from sparsebreg.optim.base import BregmanOptimizer
-from sparsebreg.pattern import SparsePattern, largest
+from sparsebreg.pattern import SparsePattern, count_nonzero, largest
 from sparsebreg.regularizers import L1, L1NonNegative, NoReg
 from sparsebreg.schedules import Level, PlateauCoarse
 
@@ -158,10 +158,9 @@ class Multilevel:
             above, keep = self._inner[-1] if self._inner else self._masks, self.levels[depth - 1].keep
             masks = {}
             for name, p in self._movable():
-                score = p.detach().abs()
-                if name in above:
-                    score = torch.where(above[name], score, -1)
-                masks[name] = largest(score, math.ceil(keep * int((score >= 0).sum())))
+                outer = above.get(name)
+                count = p.numel() if outer is None else count_nonzero(outer)
+                masks[name] = largest(p.detach().abs(), math.ceil(keep * count), among=outer)
             self._inner.append(masks)
             self._hold()
         elif depth < len(self._inner):

@@ -138,6 +138,24 @@ def test_count_nonzero(dtype):
     assert pattern.count_nonzero(t[:0]) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+def test_kth_largest_and_largest(dtype):
+    values = torch.tensor([3, -1, 7, 7, 0, 2]).to(dtype)
+    assert [pattern.kth_largest(values, k) for k in range(1, 7)] == [7, 7, 3, 2, 0, -1]
+    masks = [pattern.largest(values.view(2, 3), k).flatten().nonzero().flatten().tolist() for k in range(7)]
+    order = [2, 3, 0, 5, 4, 1]  # of equals the first comes first
+    assert masks == [sorted(order[:k]) for k in range(7)]
+    among = torch.tensor([[True, True, False], [True, False, True]])
+    masks = [pattern.largest(values.view(2, 3), k, among).flatten().nonzero().flatten().tolist() for k in range(5)]
+    order = [3, 0, 5, 1]
+    assert masks == [sorted(order[:k]) for k in range(5)]
+    assert torch.equal(pattern.largest(values.view(2, 3), 6, among), among)
+    if dtype.is_floating_point:
+        values[1] = float("nan")
+        assert pattern.kth_largest(values, 1) != pattern.kth_largest(values, 1)
+        assert pattern.kth_largest(values, 2) == 7
+
+
 def test_nan_is_a_nonzero():
     weight = torch.zeros(2, 3)
     weight[1, 1] = float("nan")

@@ -102,15 +102,18 @@ class NativeIndex {
   // The index with its transpose, which is made when it is first asked for: convolutions and first layers need none.
   Index transposed(int threads) const {
     std::call_once(once_, [&] {
-      PoolArray<int32_t> made(size_t(index.cols + 1 + 2 * index.nnz));
+      const int64_t nnz = index.nnz;
+      PoolArray<int32_t> made(size_t(index.cols + 1 + 3 * nnz));
       int32_t* row = made.data() + index.cols + 1;
-      transpose_index(index.rows, index.cols, index.rowptr, index.col, made.data(), row, row + index.nnz, threads);
+      transpose_index(index.rows, index.cols, index.rowptr, index.col, made.data(), row, row + nnz, row + 2 * nnz,
+                      threads);
       transpose_ = std::move(made);
     });
     Index both = index;
     both.colptr = transpose_.data();
     both.row = both.colptr + index.cols + 1;
     both.csc_to_csr = both.row + index.nnz;
+    both.csr_to_csc = both.csc_to_csr + index.nnz;
     return both;
   }
 

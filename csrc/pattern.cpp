@@ -38,7 +38,7 @@ void mark_columns(int64_t rows, int64_t cols, const int32_t* rowptr, const int32
 }
 
 void transpose_index(int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, int32_t* colptr,
-                     int32_t* row, int32_t* csc_to_csr, int threads) {
+                     int32_t* row, int32_t* csc_to_csr, int32_t* csr_to_csc, int threads) {
   const int64_t nnz = rowptr[rows], few = 1 << 14;
   const int parts = int(std::max<int64_t>(1, std::min<int64_t>(threads, nnz / few)));
   // Every part has rows of its own with about equal nonzeros. next[part][c]: how many of them column c has, then where
@@ -72,6 +72,7 @@ void transpose_index(int64_t rows, int64_t cols, const int32_t* rowptr, const in
         const int32_t at = place[col[k]]++;
         row[at] = int32_t(r);
         csc_to_csr[at] = k;
+        csr_to_csc[k] = at;
       }
   }
 }

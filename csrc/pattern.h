@@ -19,9 +19,10 @@ void fill_columns(const uint64_t* bits, int64_t rows, int64_t cols, const int32_
 // The bits of such columns.
 void mark_columns(int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, uint64_t* bits, int threads);
 
-// The transposed index: colptr (cols + 1), row and csc_to_csr (nnz), rows ascending inside each column. O(nnz + cols).
+// The transposed index: colptr (cols + 1), row, csc_to_csr and its inverse (nnz), rows ascending inside each column.
+// O(nnz + cols).
 void transpose_index(int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, int32_t* colptr,
-                     int32_t* row, int32_t* csc_to_csr, int threads);
+                     int32_t* row, int32_t* csc_to_csr, int32_t* csr_to_csc, int threads);
 
 // What is wrong with an index, or null: rowptr from 0 to nnz, never falling; columns in range and ascending.
 const char* check_index(int64_t rows, int64_t cols, int64_t nnz, const int32_t* rowptr, const int32_t* col);

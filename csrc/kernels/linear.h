@@ -87,7 +87,8 @@ struct Correlation {
   const T* x;
   Layout x_layout;
   T* grad_values;
-  bool add;  // or set
+  const int32_t* order;  // null: in CSC order
+  bool add;              // or set
 };
 
 // Destination features [d0, d1) of lane blocks [l0, l1) of a tile; `group` holds a run of them, with `both` two.
@@ -112,8 +113,9 @@ void linear_rows(const LinearPass<T>& p, const T* packed, int64_t tile, int l0, 
   if (both) {
     // A nonzero has one sum, and needs no zero to start from, where one register holds all lanes.
     constexpr bool whole = Vec<T>::n == LANES;
-    for (int32_t k = p.ptr[d0]; !whole && !both->add && k < p.ptr[d1]; ++k) both->grad_values[p.order[k]] = T(0);
-    t.grad_values = {both->grad_values, p.order, both->add || !whole};
+    for (int32_t k = p.ptr[d0]; !whole && !both->add && k < p.ptr[d1]; ++k)
+      both->grad_values[both->order ? both->order[k] : k] = T(0);
+    t.grad_values = {both->grad_values, both->order, both->add || !whole};
     t.own = OwnTile<T>{own, t.dst_channel, 0, LANES, nullptr, nullptr, false, LANES, 0, 0};
   }
   for (int64_t d = d0; d < d1; d += run) {
@@ -354,6 +356,22 @@ void linear_correlate(const LinearPass<T>& p, const T* packed_x, const T* packed
   }
 }
 
+// out[k] = sum of sums[from[k]], or sums[k], over the copies, for k in [k0, k1).
+template <class T>
+void sum_copies(const T* sums, int64_t stride, int copies, const int32_t* from, int64_t k0, int64_t k1, T* out) {
+  int64_t k = k0;
+  for (; k + Vec<T>::n <= k1; k += Vec<T>::n) {
+    V<T> sum = zero<T>();
+    for (int c = 0; c < copies; ++c)
+      sum += from ? gather_lanes(sums + c * stride, from + k) : load(sums + c * stride + k);
+    store(out + k, sum);
+  }
+  for (; k < k1; ++k) {
+    out[k] = T(0);
+    for (int c = 0; c < copies; ++c) out[k] += sums[c * stride + (from ? from[k] : k)];
+  }
+}
+
 // grad_x = grad_y W over the active weights, by columns of W; grad_values[k] = sum_n grad_y[n][row] x[n][col];
 // grad_bias = sum_n grad_y[n].
 template <class T>
@@ -377,8 +395,13 @@ void linear_backward(const LinearArgs<T>& a) {
   const int64_t tasks = s.tasks(), length = int64_t(TL) * LANES;
   // Sums over the samples of several units are made apart, unit by unit or thread by thread, whichever are fewer.
   const int copies = int(least<int64_t>(s.units(), a.threads));
+  // Threads have columns of their own, so where rows are short, in CSR order they would write to each other's cache
+  // lines all the time: a thread's piece of a row is to be two lines or more.
+  const int64_t two_lines = 2 * 64 / int64_t(sizeof(T));
+  const bool by_columns = together && a.threads > 1 && ix.nnz < two_lines * a.threads * ix.rows;
   const int64_t stride = ix.nnz + ix.rows;
-  T* sums = sums_wanted && copies > 1 ? scratch<T>(slot_sums, stride * copies) : nullptr;
+  T* sums = by_columns || (sums_wanted && copies > 1) ? scratch<T>(slot_sums, stride * copies) : nullptr;
+  const bool start_at_zero = sums && copies > 1;
   const TeamScratch<T> sources(slot_source, a.threads, apart ? ix.cols * length : 0);
   const TeamScratch<T> grads(slot_grad, a.threads, ix.rows * length);
   const TeamScratch<T> groups(slot_dest, a.threads,
@@ -394,7 +417,7 @@ void linear_backward(const LinearArgs<T>& a) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < plans; ++i) split_rows(weights, i * PLAN, least(ix.rows, (i + 1) * PLAN));
     }
-    if (sums) {
+    if (start_at_zero) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < stride * copies; ++i) sums[i] = T(0);
     }
@@ -413,9 +436,9 @@ void linear_backward(const LinearArgs<T>& a) {
       T* mine = sums ? sums + stride * (s.units() <= a.threads ? u : team_member()) : nullptr;
       T* grad_values = a.grad_values ? mine ? mine : a.grad_values : nullptr;
       T* grad_bias = a.grad_bias ? mine ? mine + ix.nnz : a.grad_bias : nullptr;
-      const bool add = sums || u > 0;
+      const bool add = start_at_zero || u > 0;
       if (a.grad_x) {
-        const Correlation<T> both{a.x, a.x_layout, grad_values, add};
+        const Correlation<T> both{a.x, a.x_layout, grad_values, by_columns ? nullptr : ix.csc_to_csr, add};
         linear_rows(back, packed_grad, u, 0, TL, linear_part(ix.colptr, ix.cols, s.parts, q),
                     linear_part(ix.colptr, ix.cols, s.parts, q + 1), groups.mine(), together ? &both : nullptr);
       }
@@ -428,14 +451,15 @@ void linear_backward(const LinearArgs<T>& a) {
     }
     if (sums) {
 #pragma omp barrier
+      if (a.grad_values) {
+        const int32_t* from = by_columns ? ix.csr_to_csc : nullptr;
+        const int64_t piece = 1024;
 #pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < stride; ++i) {
-        T* out = i < ix.nnz ? a.grad_values : a.grad_bias;
-        if (!out) continue;
-        T sum = sums[i];
-        for (int c = 1; c < copies; ++c) sum += sums[i + c * stride];
-        out[i < ix.nnz ? i : i - ix.nnz] = sum;
+        for (int64_t k = 0; k < ix.nnz; k += piece)
+          sum_copies(sums, stride, copies, from, k, least(ix.nnz, k + piece), a.grad_values);
       }
+#pragma omp single nowait
+      if (a.grad_bias) sum_copies(sums + ix.nnz, stride, copies, nullptr, 0, ix.rows, a.grad_bias);
     }
   }
 }

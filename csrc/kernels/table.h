@@ -14,15 +14,16 @@ constexpr int LANES = 16;  // images (or samples) side by side in the lane layou
 // plain: row-major (N, C, H, W) or (N, features); lanes: [ceil(N/16)][C][H][W][16]; channels_last: (N, H, W, C).
 enum class Layout : int { plain = 0, lanes = 1, channels_last = 2 };
 
-// The nonzeros of a (rows x cols) matrix in CSR order and, where grad_x of a linear layer is wanted, in CSC order
-// through csc_to_csr. Validated by its owner.
+// The nonzeros of a (rows x cols) matrix in CSR order and, where grad_x of a linear layer is wanted, in CSC order too.
+// Validated by its owner.
 struct Index {
   int64_t rows, cols, nnz;
   const int32_t* rowptr;      // rows + 1
   const int32_t* col;         // nnz, ascending inside a row
   const int32_t* colptr;      // cols + 1
   const int32_t* row;         // nnz, ascending inside a column
-  const int32_t* csc_to_csr;  // nnz
+  const int32_t* csc_to_csr;  // nnz: places in CSR order
+  const int32_t* csr_to_csc;  // nnz: and the other way
 };
 
 // y = x Wᵀ + b, W rows x cols. x (N, cols) and y (N, rows), row-major or in lanes [ceil(N/16)][features][16].

@@ -44,7 +44,7 @@ template <class T>
 struct GradValues {
   T* at;
   const int32_t* order;
-  bool add;  // or, with an order, set
+  bool add;  // or set
 };
 
 // The sums of the lanes of sum[0..m) become those of the nonzeros from k on.
@@ -52,7 +52,7 @@ template <class T>
 SB_INLINE void pass_sums(V<T>* sum, int m, const GradValues<T>& to, int32_t k) {
   constexpr int n = Vec<T>::n;
   const V<T> totals = sum_each<T>(sum);
-  if (m == n && !to.order) return store(to.at + k, load(to.at + k) + totals);
+  if (m == n && !to.order) return store(to.at + k, to.add ? load(to.at + k) + totals : totals);
   alignas(64) T out[n];
   store(out, totals);
   for (int q = 0; q < m; ++q) {

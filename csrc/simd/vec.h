@@ -71,7 +71,7 @@ SB_INLINE V<double> gather_lanes(const double* p, const int32_t* index) {
 constexpr bool CAN_GATHER = false;
 template <class T>
 SB_INLINE V<T> gather_lanes(const T* p, const int32_t* index) {
-  V<T> v;
+  V<T> v{};
   for (int i = 0; i < Vec<T>::n; ++i) v[i] = p[index[i]];
   return v;
 }

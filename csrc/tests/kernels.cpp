@@ -130,14 +130,16 @@ struct Pattern {
         if (const int32_t k = at[size_t(r * cols + c)]; k >= 0) row.push_back(int32_t(r)), csc_to_csr.push_back(k);
       colptr.push_back(int32_t(row.size()));
     }
+    csr_to_csc.resize(col.size());
+    for (size_t i = 0; i < csc_to_csr.size(); ++i) csr_to_csc[size_t(csc_to_csr[i])] = int32_t(i);
     values = random_doubles(int64_t(col.size()));
-    index =
-        Index{rows, cols, int64_t(col.size()), rowptr.data(), col.data(), colptr.data(), row.data(), csc_to_csr.data()};
+    index = Index{rows,          cols,       int64_t(col.size()), rowptr.data(),    col.data(),
+                  colptr.data(), row.data(), csc_to_csr.data(),   csr_to_csc.data()};
   }
   Pattern(const Pattern&) = delete;
 
   std::vector<int32_t> at;  // number of a place's nonzero, or -1
-  std::vector<int32_t> rowptr, col, colptr, row, csc_to_csr;
+  std::vector<int32_t> rowptr, col, colptr, row, csc_to_csr, csr_to_csc;
   Doubles values;
   Index index;
 };
@@ -174,9 +176,9 @@ void test_linear() {
   struct {
     int64_t rows, cols;
     double density;
-  } const cases[] = {{5, 7, .5},   {33, 40, .2}, {40, 33, .1},    {1, 50, .5},     {50, 1, .5},
-                     {6, 5, 1},    {6, 5, 0},    {24, 4000, .02}, {4000, 24, .02},  // the last two in several passes
-                     {130, 90, .1}};
+  } const cases[] = {{5, 7, .5},    {33, 40, .2}, {40, 33, .1},    {1, 50, .5},     {50, 1, .5},
+                     {6, 5, 1},     {6, 5, 0},    {24, 4000, .02}, {4000, 24, .02},  // the last two in several passes
+                     {130, 90, .1}, {20, 500, .4}};  // rows long enough for threads to share
   for (const auto& c : cases) {
     const Pattern p(c.rows, c.cols, c.density);
     for (int64_t N : batches) {
@@ -217,7 +219,7 @@ void test_linear() {
                          a.grad_x = only == 0 ? x1.data : nullptr;
                          a.grad_values = only == 1 ? v1.data : nullptr;
                          a.grad_bias = only == 2 ? b1.data : nullptr;
-                         if (only) a.index.colptr = a.index.row = a.index.csc_to_csr = nullptr;
+                         if (only) a.index.colptr = a.index.row = a.index.csc_to_csr = a.index.csr_to_csc = nullptr;
                          kernels<T>().linear_backward(a);
                          if (only == 0) compare("grad_x alone", x1, xs, grad_x);
                          if (only == 1) compare("grad_values alone", v1, grad_values);
@@ -328,7 +330,7 @@ void test_conv2d() {
                   y_norm.mean = mb, y_norm.scale = mb, y_norm.slope = lb, y_norm.shift = b;
                   if (relu) y_norm.relu_scale = tb, y_norm.relu_shift = b;
                   ConvArgs<T> a{};
-                  a.index = p.index, a.index.colptr = a.index.row = a.index.csc_to_csr = nullptr;
+                  a.index = p.index, a.index.colptr = a.index.row = a.index.csc_to_csr = a.index.csr_to_csc = nullptr;
                   a.N = N, a.IC = c.IC, a.H = c.H, a.W = c.W, a.OC = c.OC, a.OH = OH, a.OW = OW;
                   a.KH = c.KH, a.KW = c.KW, a.SH = c.SH, a.SW = c.SW, a.PH = c.PH, a.PW = c.PW, a.DH = c.DH;
                   a.DW = c.DW, a.G = c.G, a.values = v, a.bias = b, a.x = in, a.y = out, a.grad_y = gy, a.grad_x = gx;
@@ -726,7 +728,7 @@ void test_pattern() {
                      {70, 1000, .05}, {3, 256, 1}, {9, 64, 0}, {1000, 3, .3}, {300, 500, .4}};
   for (const auto& c : cases) {
     const Pattern p(c.rows, c.cols, c.density);
-    std::vector<int32_t> colptr(p.colptr.size(), -1), row(p.row.size(), -1), order(p.row.size(), -1);
+    std::vector<int32_t> colptr(p.colptr.size(), -1), row(p.row.size(), -1), order(p.row.size(), -1), back(order);
     for (int threads : {1, 2}) {
       where = "pattern " + text({c.rows, c.cols}) + " nnz " + text({p.index.nnz, threads});
       test_crossings<float>(p, threads);
@@ -737,10 +739,12 @@ void test_pattern() {
       test_marks<uint8_t>(p, threads);
     });
     for (int threads : {1, 3}) {
-      transpose_index(c.rows, c.cols, p.rowptr.data(), p.col.data(), colptr.data(), row.data(), order.data(), threads);
+      transpose_index(c.rows, c.cols, p.rowptr.data(), p.col.data(), colptr.data(), row.data(), order.data(),
+                      back.data(), threads);
       same("colptr", colptr, p.colptr);
       same("row", row, p.row);
       same("csc_to_csr", order, p.csc_to_csr);
+      same("csr_to_csc", back, p.csr_to_csc);
     }
     const Index& ix = p.index;
     if (check_index(ix.rows, ix.cols, ix.nnz, ix.rowptr, ix.col)) fail("check_index");

@@ -81,13 +81,17 @@ void pack_features(const T* data, Layout layout, int64_t N, int64_t F, int TL, i
 // each image; with several chunks there are more, so that a chunk is read from cache.
 SB_INLINE int64_t run_length(int chunks) { return (chunks > 1 ? 16 : 4) * GROUP; }
 
+// Whether a nonzero has one sum for all lanes, or several that are added up where they are stored.
+template <class T>
+constexpr bool ONE_SUM = Vec<T>::n == LANES;
+
 // What the input gradient yields besides: gradients of values, from x.
 template <class T>
 struct Correlation {
   const T* x;
   Layout x_layout;
   T* grad_values;
-  const int32_t* order;  // null: in CSC order
+  const int32_t* order;  // null: in CSC order; else there is ONE_SUM
   bool add;              // or set
 };
 
@@ -111,11 +115,8 @@ void linear_rows(const LinearPass<T>& p, const T* packed, int64_t tile, int l0, 
   t.dst_col = LANES;
   t.dst_channel = int64_t(width) * LANES;
   if (both) {
-    // A nonzero has one sum, and needs no zero to start from, where one register holds all lanes.
-    constexpr bool whole = Vec<T>::n == LANES;
-    for (int32_t k = p.ptr[d0]; !whole && !both->add && k < p.ptr[d1]; ++k)
-      both->grad_values[both->order ? both->order[k] : k] = T(0);
-    t.grad_values = {both->grad_values, both->order, both->add || !whole};
+    for (int32_t k = p.ptr[d0]; !ONE_SUM<T> && !both->add && k < p.ptr[d1]; ++k) both->grad_values[k] = T(0);
+    t.grad_values = {both->grad_values, both->order, both->add || !ONE_SUM<T>};
     t.own = OwnTile<T>{own, t.dst_channel, 0, LANES, nullptr, nullptr, false, LANES, 0, 0};
   }
   for (int64_t d = d0; d < d1; d += run) {
@@ -395,10 +396,13 @@ void linear_backward(const LinearArgs<T>& a) {
   const int64_t tasks = s.tasks(), length = int64_t(TL) * LANES;
   // Sums over the samples of several units are made apart, unit by unit or thread by thread, whichever are fewer.
   const int copies = int(least<int64_t>(s.units(), a.threads));
-  // Threads have columns of their own, so where rows are short, in CSR order they would write to each other's cache
-  // lines all the time: a thread's piece of a row is to be two lines or more.
+  // Columns pass by, so writing gradients of values in CSR order goes all over the array. It is faster to write them in
+  // CSC order and sort them at the end: where they are written more than once, and where rows are short, since threads,
+  // which have columns of their own, would write to each other's cache lines all the time. A thread's piece of a row is
+  // to be two lines or more.
   const int64_t two_lines = 2 * 64 / int64_t(sizeof(T));
-  const bool by_columns = together && a.threads > 1 && ix.nnz < two_lines * a.threads * ix.rows;
+  const bool short_rows = a.threads > 1 && ix.nnz < two_lines * a.threads * ix.rows;
+  const bool by_columns = together && (!ONE_SUM<T> || short_rows);
   const int64_t stride = ix.nnz + ix.rows;
   T* sums = by_columns || (sums_wanted && copies > 1) ? scratch<T>(slot_sums, stride * copies) : nullptr;
   const bool start_at_zero = sums && copies > 1;

@@ -178,7 +178,7 @@ void test_linear() {
     double density;
   } const cases[] = {{5, 7, .5},    {33, 40, .2}, {40, 33, .1},    {1, 50, .5},     {50, 1, .5},
                      {6, 5, 1},     {6, 5, 0},    {24, 4000, .02}, {4000, 24, .02},  // the last two in several passes
-                     {130, 90, .1}, {20, 500, .4}};  // rows long enough for threads to share
+                     {130, 90, .1}, {20, 500, .4}};  // rows of several cache lines for each of two threads
   for (const auto& c : cases) {
     const Pattern p(c.rows, c.cols, c.density);
     for (int64_t N : batches) {

@@ -173,6 +173,12 @@ template <class T, int TR, int TC, bool CORRELATING, bool ORDERED>
 void gather_tile_as(const GatherTile<T>& t) {
   constexpr int n = Vec<T>::n;
   SumQueue<T> queue;
+  // Copies, since what is stored could lie over t, for all the compiler knows: it would read them for every nonzero.
+  const GradValues<T> grad_values = t.grad_values;
+  const int32_t* const offset = t.offset;
+  const int32_t* const order = t.order;
+  const T* const value = t.value;
+  const ptrdiff_t scale = t.scale, src_row = t.src_row;
   for (int64_t r = t.r0; r < t.r1; ++r) {
     T* dst = t.dst + (r - t.r0) * t.dst_channel;
     T* sums = t.first && t.last ? nullptr : t.sums + (r - t.r0) * TR * TC * LANES;
@@ -192,7 +198,7 @@ void gather_tile_as(const GatherTile<T>& t) {
       V<T> own[TR][TC] = {};
       if (CORRELATING && k0 != k1) {  // phases of a strided convolution may have no nonzeros
         load_own<T, TR, TC>(t.own, r - t.r0, part, own);
-        queue.seek(k0, t.grad_values);
+        queue.seek(k0, grad_values);
         if (t.first && part == 0) {
           const T* next = t.own.data + (r - t.r0 + AHEAD) * t.own.channel;
           for (int i = 0; i < TR; ++i)
@@ -200,21 +206,21 @@ void gather_tile_as(const GatherTile<T>& t) {
         }
       }
       for (int32_t k = k0; k < k1; ++k) {
-        const T* p = src + t.offset[k] * t.scale;
-        const V<T> v = splat<T>(t.value[ORDERED ? t.order[k] : k]);
+        const T* p = src + offset[k] * scale;
+        const V<T> v = splat<T>(value[ORDERED ? order[k] : k]);
         if constexpr (CORRELATING) {
           V<T> s[2] = {zero<T>(), zero<T>()};
           for (int i = 0; i < TR; ++i)
             for (int j = 0; j < TC; ++j) {
-              V<T> g = load(p + i * t.src_row + j * LANES);
+              V<T> g = load(p + i * src_row + j * LANES);
               in_register<T>(g);
               acc[i][j] += v * g;
               s[j & 1] += own[i][j] * g;
             }
-          queue.put(s[0] + s[1], t.grad_values);
+          queue.put(s[0] + s[1], grad_values);
         } else {
           for (int i = 0; i < TR; ++i)
-            for (int j = 0; j < TC; ++j) acc[i][j] += v * load(p + i * t.src_row + j * LANES);
+            for (int j = 0; j < TC; ++j) acc[i][j] += v * load(p + i * src_row + j * LANES);
         }
       }
       if (t.last && t.reduced) {
@@ -252,7 +258,7 @@ void gather_tile_as(const GatherTile<T>& t) {
       }
     }
   }
-  if constexpr (CORRELATING) queue.flush(t.grad_values);
+  if constexpr (CORRELATING) queue.flush(grad_values);
 }
 
 template <class T, int TR, int TC>

@@ -85,6 +85,7 @@ class NativeIndex {
     int32_t* col = std::copy(rowptr.begin(), rowptr.end(), storage_.data());
     fill_columns(marks_.data(), rows, cols, rowptr.data(), col, threads);
     index.rowptr = storage_.data(), index.col = col;
+    index.row_chunks = &row_chunks_;
   }
 
   NativeIndex(int64_t rows, int64_t cols, const Array& rowptr, const Array& col) {
@@ -96,6 +97,7 @@ class NativeIndex {
     int32_t* own_col = std::copy(from[0], from[0] + rows + 1, storage_.data());
     std::copy(from[1], from[1] + nnz, own_col);
     index = Index{rows, cols, nnz, storage_.data(), own_col};
+    index.row_chunks = &row_chunks_;
     if (const char* wrong = check_index(rows, cols, nnz, index.rowptr, index.col)) throw py::value_error(wrong);
   }
 
@@ -110,6 +112,7 @@ class NativeIndex {
       transpose_ = std::move(made);
     });
     Index both = index;
+    both.col_chunks = &col_chunks_;
     both.colptr = transpose_.data();
     both.row = both.colptr + index.cols + 1;
     both.csc_to_csr = both.row + index.nnz;
@@ -131,6 +134,7 @@ class NativeIndex {
   Index index;  // without its transpose
 
  private:
+  mutable ChunkStarts row_chunks_, col_chunks_;
   PoolArray<int32_t> storage_;
   mutable PoolArray<int32_t> transpose_;
   mutable std::once_flag once_;

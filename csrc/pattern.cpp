@@ -90,6 +90,27 @@ const char* check_index(int64_t rows, int64_t cols, int64_t nnz, const int32_t* 
   return nullptr;
 }
 
+const int32_t* ChunkStarts::of(int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, int chunks,
+                               int threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto known = by_chunks_.find(chunks);
+  if (known != by_chunks_.end()) return known->second.data();
+  std::vector<int32_t> made(size_t(rows) * size_t(chunks) + 1);
+  int32_t* starts = made.data();
+  const int64_t width = (cols + chunks - 1) / chunks;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t r = 0; r < rows; ++r) {
+    const int32_t* at = col + rowptr[r];
+    for (int64_t h = 0; h < chunks; ++h) {
+      at = std::lower_bound(at, col + rowptr[r + 1], h * width);
+      starts[r * chunks + h] = int32_t(at - col);
+    }
+  }
+  starts[rows * chunks] = rowptr[rows];
+  by_chunks_.emplace(chunks, std::move(made));
+  return starts;
+}
+
 template <class T>
 void gather(const T* dense, int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, T* values,
             int threads) {

@@ -13,5 +13,6 @@
 #endif
 
 #include "kernels/table.h"
+#include "pattern.h"
 #include "memory.h"
 #include "pattern.h"

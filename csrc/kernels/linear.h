@@ -24,9 +24,9 @@ template <class T>
 struct LinearPass {
   int64_t N, dst_features, src_features;
   const int32_t* ptr;
-  const int32_t* index;  // source feature of each nonzero
-  const int32_t* order;  // place of each nonzero's value, or null: they stand in order
-  int32_t* split;        // with several chunks: dst_features x chunks + 1 starts
+  const int32_t* index;   // source feature of each nonzero
+  const int32_t* order;   // place of each nonzero's value, or null: they stand in order
+  const int32_t* starts;  // dst_features x chunks + 1; with one chunk, ptr
   const T* value;
   const T* bias;
   T* dst;
@@ -126,7 +126,7 @@ void linear_rows(const LinearPass<T>& p, const T* packed, int64_t tile, int l0, 
     t.bias = p.bias ? p.bias + d : nullptr;
     if (both) pack_features(both->x, both->x_layout, p.N, p.dst_features, p.TL, tile, l0, l1, t.r0, t.r1, own);
     for (int h = 0; h < p.chunks; ++h) {
-      t.begin = (p.chunks > 1 ? p.split : p.ptr) + h;
+      t.begin = p.starts + h;
       t.end = t.begin + 1;
       t.first = h == 0;
       t.last = h + 1 == p.chunks;
@@ -149,26 +149,6 @@ void linear_rows(const LinearPass<T>& p, const T* packed, int64_t tile, int l0, 
   }
 }
 
-// Starts of every (destination, chunk) of destinations d0..d1.
-template <class T>
-void split_rows(const LinearPass<T>& p, int64_t d0, int64_t d1) {
-  const int64_t per_chunk = div_up(p.src_features, p.chunks);
-  for (int64_t d = d0; d < d1; ++d) {
-    int32_t k = p.ptr[d];
-    for (int h = 0; h < p.chunks; ++h) {
-      k = first_from(p.index, k, p.ptr[d + 1], h * per_chunk);
-      p.split[d * p.chunks + h] = k;
-    }
-  }
-}
-
-// How many pieces of PLAN destinations there are to split; none without chunks.
-constexpr int64_t PLAN = 64;
-template <class T>
-int64_t plan_pieces(const LinearPass<T>& p) {
-  return p.split ? div_up(p.dst_features, PLAN) : 0;
-}
-
 SB_INLINE int linear_parts(int threads, int64_t features) {
   if (threads == 1) return 1;
   return int(most<int64_t>(1, least<int64_t>(4 * int64_t(threads), features / GROUP)));
@@ -180,9 +160,9 @@ SB_INLINE int64_t linear_part(const int32_t* ptr, int64_t features, int parts, i
   return p >= parts ? features : at / GROUP * GROUP;
 }
 
-// The arguments of one direction, and its plan from `slot`.
+// The arguments of one direction; in chunks only where `kept` tells their starts.
 template <class T>
-LinearPass<T> linear_pass(const LinearArgs<T>& a, bool forward, Slot slot = slot_plan) {
+LinearPass<T> linear_pass(const LinearArgs<T>& a, bool forward, ChunkStarts* kept) {
   LinearPass<T> p;
   const Index& ix = a.index;
   p.N = a.N;
@@ -190,14 +170,10 @@ LinearPass<T> linear_pass(const LinearArgs<T>& a, bool forward, Slot slot = slot
   p.src_features = forward ? ix.cols : ix.rows;
   p.ptr = forward ? ix.rowptr : ix.colptr;
   p.TL = lane_blocks(a.N);
-  p.chunks = linear_chunks(ix, p.src_features, p.dst_features, int64_t(p.TL) * LANES * sizeof(T));
+  p.chunks = !kept ? 1 : linear_chunks(ix, p.src_features, p.dst_features, int64_t(p.TL) * LANES * sizeof(T));
   p.index = forward ? ix.col : ix.row;
   p.order = forward ? nullptr : ix.csc_to_csr;
-  p.split = nullptr;
-  if (p.chunks > 1) {
-    p.split = scratch<int32_t>(slot, p.dst_features * p.chunks + 1);
-    p.split[p.dst_features * p.chunks] = int32_t(ix.nnz);
-  }
+  p.starts = p.chunks == 1 ? p.ptr : kept->of(p.dst_features, p.src_features, p.ptr, p.index, p.chunks, a.threads);
   p.value = a.values;
   p.bias = forward ? a.bias : nullptr;
   p.dst = forward ? a.y : a.grad_x;
@@ -255,7 +231,7 @@ void narrow_rows_any(const LinearPass<T>& p, const T* src, int64_t d0, int64_t d
 
 template <class T>
 void narrow_forward(const LinearArgs<T>& a) {
-  const LinearPass<T> p = linear_pass(a, true);
+  const LinearPass<T> p = linear_pass(a, true, nullptr);
   const int parts = linear_parts(a.threads, a.index.rows);
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
   for (int part = 0; part < parts; ++part)
@@ -266,7 +242,7 @@ void narrow_forward(const LinearArgs<T>& a) {
 template <class T>
 void narrow_backward(const LinearArgs<T>& a) {
   const Index& ix = a.index;
-  const LinearPass<T> back = linear_pass(a, false);
+  const LinearPass<T> back = linear_pass(a, false, nullptr);
   const int parts = linear_parts(a.threads, ix.rows), back_parts = linear_parts(a.threads, ix.cols);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
@@ -299,20 +275,16 @@ template <class T>
 void linear_forward(const LinearArgs<T>& a) {
   if (a.N == 0) return;
   if (is_narrow(a, NARROW_FORWARD)) return narrow_forward(a);
-  const LinearPass<T> p = linear_pass(a, true);
+  const LinearPass<T> p = linear_pass(a, true, a.index.row_chunks);
   const Index& ix = a.index;
   const Share s = share_out(a.N, p.TL, a.threads, ix.rows, true);
-  const int64_t plans = plan_pieces(p), tasks = s.tasks();
+  const int64_t tasks = s.tasks();
   const TeamScratch<T> sources(slot_source, a.threads, ix.cols * int64_t(s.width) * LANES);
   const TeamScratch<T> groups(slot_dest, a.threads, run_length(p.chunks) * s.width * LANES);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
     T* packed = sources.mine();
     int64_t have = -1;
-    if (plans) {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < plans; ++i) split_rows(p, i * PLAN, least(ix.rows, (i + 1) * PLAN));
-    }
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < tasks; ++i) {
       const int64_t u = i / s.parts, tile = u / s.subs;
@@ -351,7 +323,7 @@ void linear_correlate(const LinearPass<T>& p, const T* packed_x, const T* packed
   t.grad_values = {grad_values, nullptr, true};
   const CorrelateFn<T> fn = correlate_fn<T>(1, p.TL);
   for (int h = 0; h < p.chunks; ++h) {
-    t.begin = (p.chunks > 1 ? p.split : p.ptr) + h;
+    t.begin = p.starts + h;
     t.end = t.begin + 1;
     fn(t);
   }
@@ -386,13 +358,13 @@ void linear_backward(const LinearArgs<T>& a) {
     return;
   }
   if (is_narrow(a, NARROW)) return narrow_backward(a);
-  const LinearPass<T> back = linear_pass(a, false), weights = linear_pass(a, true, slot_more_plan);
+  // With both gradients, those of values are made where a column's nonzeros pass by for grad_x.
+  const bool together = a.grad_x && a.grad_values, apart = a.grad_values && !together;
+  const LinearPass<T> back = linear_pass(a, false, a.grad_x ? ix.col_chunks : nullptr),
+                      weights = linear_pass(a, true, apart ? ix.row_chunks : nullptr);
   const int TL = back.TL;
   const Share s = share_out(a.N, TL, a.threads, least(ix.rows, ix.cols), false);
   const bool sums_wanted = a.grad_values || a.grad_bias;
-  // With both gradients, those of values are made where a column's nonzeros pass by for grad_x.
-  const bool together = a.grad_x && a.grad_values, apart = a.grad_values && !together;
-  const int64_t back_plans = a.grad_x ? plan_pieces(back) : 0, plans = apart ? plan_pieces(weights) : 0;
   const int64_t tasks = s.tasks(), length = int64_t(TL) * LANES;
   // Sums over the samples of several units are made apart, unit by unit or thread by thread, whichever are fewer.
   const int copies = int(least<int64_t>(s.units(), a.threads));
@@ -415,12 +387,6 @@ void linear_backward(const LinearArgs<T>& a) {
     T* packed_x = sources.mine();
     T* packed_grad = grads.mine();
     int64_t have = -1;
-    if (back_plans || plans) {
-#pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < back_plans; ++i) split_rows(back, i * PLAN, least(ix.cols, (i + 1) * PLAN));
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < plans; ++i) split_rows(weights, i * PLAN, least(ix.rows, (i + 1) * PLAN));
-    }
     if (start_at_zero) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < stride * copies; ++i) sums[i] = T(0);

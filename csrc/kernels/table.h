@@ -9,6 +9,8 @@
 
 namespace sparsebreg {
 
+class ChunkStarts;
+
 constexpr int LANES = 16;  // images (or samples) side by side in the lane layout, whatever the instruction set
 
 // plain: row-major (N, C, H, W) or (N, features); lanes: [ceil(N/16)][C][H][W][16]; channels_last: (N, H, W, C).
@@ -24,6 +26,8 @@ struct Index {
   const int32_t* row;         // nnz, ascending inside a column
   const int32_t* csc_to_csr;  // nnz: places in CSR order
   const int32_t* csr_to_csc;  // nnz: and the other way
+  ChunkStarts* row_chunks;    // of rows in ranges of columns
+  ChunkStarts* col_chunks;    // of columns in ranges of rows
 };
 
 // y = x Wᵀ + b, W rows x cols. x (N, cols) and y (N, rows), row-major or in lanes [ceil(N/16)][features][16].

@@ -133,14 +133,16 @@ struct Pattern {
     csr_to_csc.resize(col.size());
     for (size_t i = 0; i < csc_to_csr.size(); ++i) csr_to_csc[size_t(csc_to_csr[i])] = int32_t(i);
     values = random_doubles(int64_t(col.size()));
-    index = Index{rows,          cols,       int64_t(col.size()), rowptr.data(),    col.data(),
-                  colptr.data(), row.data(), csc_to_csr.data(),   csr_to_csc.data()};
+    index = Index{rows,          cols,       int64_t(col.size()), rowptr.data(),     col.data(),
+                  colptr.data(), row.data(), csc_to_csr.data(),   csr_to_csc.data(), &row_chunks,
+                  &col_chunks};
   }
   Pattern(const Pattern&) = delete;
 
   std::vector<int32_t> at;  // number of a place's nonzero, or -1
   std::vector<int32_t> rowptr, col, colptr, row, csc_to_csr, csr_to_csc;
   Doubles values;
+  ChunkStarts row_chunks, col_chunks;
   Index index;
 };
 

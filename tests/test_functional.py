@@ -1,6 +1,7 @@
 """Forward, input gradient and value gradient on every backend and instruction set against plain torch."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -140,6 +141,28 @@ def test_large_layers(engine):
         torch.randn(20, 64, 20, 20), weight, mask, torch.randn(64),
         lambda x, w, b: F.conv2d(x, w, b, padding=1), lambda x, p, v, b: sparse_conv2d(x, p, v, b, g),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["in_turn", "at_once"])
+def test_one_pattern_for_batches_of_several_sizes(at_once, engine):
+    """The source is cut into as many chunks as the batch asks for; what a pattern keeps of one cut serves no other."""
+    weight, mask = sparse_weight((1500, 2000), 0.05)
+    pattern, values = sb.SparsePattern.from_mask(mask), weight[mask]
+    batches = [torch.randn(n, 2000, dtype=torch.float64) for n in (128, 64, 16, 96, 128)]
+    grads = [torch.randn(len(x), 1500, dtype=torch.float64) for x in batches]
+
+    def run(x, grad):
+        x, v = x.clone().requires_grad_(), values.clone().requires_grad_()
+        y = sparse_linear(x, pattern, v)
+        y.backward(grad)
+        return y.detach(), x.grad, v.grad
+
+    with ThreadPoolExecutor(len(batches) if at_once else 1) as pool:
+        results = list(pool.map(run, batches, grads))
+    for (y, grad_x, grad_values), x, grad in zip(results, batches, grads, strict=True):
+        close(y, x @ weight.T)
+        close(grad_x, grad @ weight)
+        close(grad_values, (grad.T @ x)[mask])
 
 
 @pytest.mark.parametrize("name", ["small", "one_sample", "one_output"])

@@ -13,6 +13,5 @@
 #endif
 
 #include "kernels/table.h"
-#include "pattern.h"
 #include "memory.h"
 #include "pattern.h"

@@ -8,11 +8,26 @@ void in_pieces(const A& a, void (*masked)(const A&, int64_t, int64_t), void (*pl
   for (int64_t i = 0; i < pieces; ++i) (a.active ? masked : plain)(a, i * piece, least(piece, a.n - i * piece));
 }
 
-// z shrunk by threshold. NaN passes through: both comparisons are false only for |z| <= threshold.
+// yes or no, without a branch: as a conditional, compilers move what only one of them needs behind it, and what then is
+// left is a loop over single weights, whose signs no processor can foresee.
+template <class T>
+SB_INLINE T either(bool condition, T yes, T no) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  Bits y, n;
+  __builtin_memcpy(&y, &yes, sizeof(T));
+  __builtin_memcpy(&n, &no, sizeof(T));
+  const Bits mask = Bits(0) - Bits(condition), chosen = (y & mask) | (n & ~mask);
+  T result;
+  __builtin_memcpy(&result, &chosen, sizeof(T));
+  return result;
+}
+
+// z shrunk by threshold; NaN stays. Minimum and maximum are what every instruction set has.
 template <class T>
 SB_INLINE T shrunk(T z, T threshold) {
-  const T up = z - threshold, down = z + threshold;
-  return up > T(0) ? up : down < T(0) ? down : z - z;
+  T part = threshold < z ? threshold : z;
+  part = -threshold > part ? -threshold : part;
+  return z - part;
 }
 
 // Zero for subnormal numbers, with which CPUs are a hundred times slower: where gradients stay away, as behind units
@@ -28,7 +43,7 @@ template <class T, bool MASKED>
 void shrink(T* __restrict p, const T* __restrict v, const uint8_t* __restrict active, T delta, T threshold, int64_t n) {
   for (int64_t k = 0; k < n; ++k) {
     const T w = shrunk(delta * v[k], threshold);
-    p[k] = !MASKED || active[k] ? w : p[k];
+    p[k] = MASKED ? either(active[k], w, p[k]) : w;
   }
 }
 
@@ -47,13 +62,13 @@ void linbreg_piece(const StepArgs<T>& a, int64_t begin, int64_t n) {
     T* __restrict m = a.m + begin;
     for (int64_t k = 0; k < n; ++k) {
       const T moved = normal(beta * m[k] + gain * (sign * g[k] + decay * p[k])), down = v[k] - moved;
-      m[k] = !MASKED || active[k] ? moved : m[k];
-      v[k] = !MASKED || active[k] ? down : v[k];
+      m[k] = MASKED ? either(active[k], moved, m[k]) : moved;
+      v[k] = MASKED ? either(active[k], down, v[k]) : down;
     }
   } else {
     for (int64_t k = 0; k < n; ++k) {
       const T down = v[k] - lr * (sign * g[k] + decay * p[k]);
-      v[k] = !MASKED || active[k] ? down : v[k];
+      v[k] = MASKED ? either(active[k], down, v[k]) : down;
     }
   }
   shrink<T, MASKED>(p, v, active, delta, threshold, n);
@@ -72,9 +87,9 @@ void l1_shift_piece(const StepArgs<T>& a, int64_t begin, int64_t n) {
   T* __restrict p = a.p + begin;
   T* __restrict v = a.v + begin;
   for (int64_t k = 0; k < n; ++k) {
-    const T beyond = shrunk(delta * v[k], threshold), w = beyond != T(0) ? p[k] : T(0);
-    const T kept = scale * w + (w > T(0) ? lam : -lam), held = v[k] - scale * beyond;
-    v[k] = w != T(0) ? kept : held;
+    const T weight = p[k], dual = v[k], beyond = shrunk(delta * dual, threshold);
+    const T w = either(beyond != T(0), weight, T(0));
+    v[k] = either(w != T(0), scale * w + either(w > T(0), lam, -lam), dual - scale * beyond);
     p[k] = w;
   }
 }
@@ -104,9 +119,9 @@ void adabreg_piece(const AdaStepArgs<T>& a, int64_t begin, int64_t n) {
     const T mean = normal(m[k] + keep1 * (grad - m[k])), decayed = beta2 * s[k] + keep2 * (grad * grad);
     const T square = decayed < least_normal ? least_normal : decayed;  // not zero, which eps = 0 would divide by
     const T moved = v[k] - apart * p[k] - step * mean / (std::sqrt(square) * root + eps);
-    m[k] = !MASKED || active[k] ? mean : m[k];
-    s[k] = !MASKED || active[k] ? square : s[k];
-    v[k] = !MASKED || active[k] ? moved : v[k];
+    m[k] = MASKED ? either(active[k], mean, m[k]) : mean;
+    s[k] = MASKED ? either(active[k], square, s[k]) : square;
+    v[k] = MASKED ? either(active[k], moved, v[k]) : moved;
   }
   shrink<T, MASKED>(p, v, active, delta, T(a.delta * a.lam), n);
 }
@@ -128,13 +143,13 @@ void proxsgd_piece(const StepArgs<T>& a, int64_t begin, int64_t n) {
     T* __restrict m = a.m + begin;
     for (int64_t k = 0; k < n; ++k) {
       const T moved = normal(beta * m[k] + (sign * g[k] + decay * p[k])), w = shrunk(p[k] - lr * moved, threshold);
-      m[k] = !MASKED || active[k] ? moved : m[k];
-      p[k] = !MASKED || active[k] ? w : p[k];
+      m[k] = MASKED ? either(active[k], moved, m[k]) : moved;
+      p[k] = MASKED ? either(active[k], w, p[k]) : w;
     }
   } else {
     for (int64_t k = 0; k < n; ++k) {
       const T w = shrunk(p[k] - lr * (sign * g[k] + decay * p[k]), threshold);
-      p[k] = !MASKED || active[k] ? w : p[k];
+      p[k] = MASKED ? either(active[k], w, p[k]) : w;
     }
   }
 }

@@ -212,6 +212,27 @@ void linear_forward(const NativeIndex& pattern, int64_t N, const Array& x, int x
   });
 }
 
+// Whether it was done: not where a dense product is as fast.
+bool weight_grad(int64_t N, const Array& grad_y, const Array& x, const Array& grad_weight, int threads) {
+  check_batch(N);
+  if (grad_weight.ndim != 2) refuse("grad_weight", "two dimensions", std::to_string(grad_weight.ndim));
+  bool done = false;
+  for_dtype(grad_weight, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t rows = grad_weight.shape[0], cols = grad_weight.shape[1];
+    const WeightGradArgs<T> a{N,
+                              rows,
+                              cols,
+                              in<T>("grad_y", grad_y, elements("grad_y", N, Layout::plain, {rows})),
+                              in<T>("x", x, elements("x", N, Layout::plain, {cols})),
+                              out<T>("grad_weight", grad_weight, rows * cols),
+                              team(threads, double(N) * double(rows) * double(cols))};
+    py::gil_scoped_release nogil;
+    done = kernels_of<T>().weight_grad(a);
+  });
+  return done;
+}
+
 // Sizes of x and y, then everything that backward passes of linear and convolution layers share.
 template <class Args>
 void check_backward(Args& a, int64_t x_size, int64_t y_size, const Array& grad_y, const Maybe& x, const Maybe& grad_x,
@@ -743,6 +764,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_isa", &select_isa);
   m.def("linear_forward", &linear_forward);
   m.def("linear_backward", &linear_backward);
+  m.def("weight_grad", &weight_grad);
   m.def("conv2d_forward", &conv2d_forward);
   m.def("conv2d_backward", &conv2d_backward);
   m.def("repack", &repack);

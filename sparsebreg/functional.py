@@ -78,10 +78,7 @@ class _Linear(torch.autograd.Function):
         grad_y = _readable(grad_y, ctx.backend).contiguous()
         _count(ctx.backend, needs[0] + needs[1], ctx.pattern, len(grad_y))
         grads = ctx.backend.linear_backward(ctx.pattern, grad_y, x, values, needs)
-        grad_weight = None
-        if needs_weight:
-            out = memory.empty(ctx.pattern.shape, values.dtype)
-            grad_weight = torch.mm(_plain(grad_y).t(), _plain(x), out=out)
+        grad_weight = _full_linear_gradient(_plain(grad_y), _plain(x), ctx.backend) if needs_weight else None
         return *grads, grad_weight, None, None
 
 
@@ -109,6 +106,16 @@ class _Conv2d(torch.autograd.Function):
         grads = ctx.backend.conv2d_backward(pattern, grad_y, x, values, geometry, ctx.x_shape, needs)
         grad_weight = _full_gradient(grad_y, x, pattern.shape, geometry) if needs_weight else None
         return *grads, grad_weight, None, None, None, None, None
+
+
+def _full_linear_gradient(grad_y: torch.Tensor, x: torch.Tensor, backend: backends.Backend) -> torch.Tensor:
+    """The gradient of a linear layer's dense weight."""
+    grad = memory.empty((grad_y.shape[1], x.shape[1]), x.dtype)
+    if not backend.weight_grad(grad_y, x, grad):
+        return torch.mm(grad_y.t(), x, out=grad)
+    if torch._C._len_torch_dispatch_stack():
+        torch.ops.sparsebreg.count_flops(2 * len(x) * grad.numel())
+    return grad
 
 
 def _full_gradient(grad_y: torch.Tensor, x: torch.Tensor, shape: tuple[int, ...], geometry: Geometry) -> torch.Tensor:

@@ -47,6 +47,16 @@ struct LinearArgs {
   int threads;
 };
 
+// grad_weight (rows x cols) = grad_yᵀ x, with grad_y (N, rows) and x (N, cols) row-major.
+template <class T>
+struct WeightGradArgs {
+  int64_t N, rows, cols;
+  const T* grad_y;
+  const T* x;
+  T* grad_weight;
+  int threads;
+};
+
 template <class T>
 struct NormArgs;
 
@@ -171,6 +181,7 @@ template <class T>
 struct Kernels {
   void (*linear_forward)(const LinearArgs<T>&);
   void (*linear_backward)(const LinearArgs<T>&);
+  bool (*weight_grad)(const WeightGradArgs<T>&);
   void (*conv2d_forward)(const ConvArgs<T>&);
   void (*conv2d_backward)(const ConvArgs<T>&);
   void (*pack)(const PackArgs<T>&);

@@ -233,6 +233,33 @@ void test_linear() {
   family("linear");
 }
 
+void test_weight_grad() {
+  struct {
+    int64_t N, rows, cols;
+    double density;
+  } const cases[] = {{1, 1, 1, .5},    {7, 5, 3, .5},      {128, 33, 64, .4}, {129, 16, 65, .4}, {300, 70, 130, .3},
+                     {16, 40, 200, 0}, {130, 2000, 9, .2}, {64, 20, 70, .9},  {0, 5, 7, .5},     {5, 0, 7, .5}};
+  for (const auto& c : cases) {
+    const Doubles x = random_doubles(c.N * c.cols);
+    Doubles grad_y = random_doubles(c.N * c.rows), wanted(size_t(c.rows * c.cols));
+    int64_t nonzeros = 0;
+    for (double& g : grad_y) nonzeros += (g = uniform() < 2 * c.density - 1 ? g : 0) != 0;
+    for (int64_t n = 0; n < c.N; ++n)
+      for (int64_t r = 0; r < c.rows; ++r)
+        for (int64_t i = 0; i < c.cols; ++i)
+          wanted[size_t(r * c.cols + i)] += grad_y[size_t(n * c.rows + r)] * x[size_t(n * c.cols + i)];
+    everywhere("weight_grad " + text({c.N, c.rows, c.cols, nonzeros}), [&](auto zero, int threads) {
+      using T = decltype(zero);
+      Buffer<T> gy(grad_y), in(x), out(int64_t(wanted.size()));
+      const bool done = kernels<T>().weight_grad({c.N, c.rows, c.cols, gy, in, out, threads});
+      const bool sparse = !grad_y.empty() && nonzeros <= 6 * int64_t(grad_y.size()) / 10;
+      if (done != sparse) fail(done ? "a dense gradient taken" : "a sparse gradient left");
+      compare("grad_weight", out, done ? wanted : Doubles(wanted.size(), std::nan("")));
+    });
+  }
+  family("weight_grad");
+}
+
 void test_conv2d() {
   struct {
     int IC, H, W, OC, KH, KW, SH, SW, PH, PW, DH, DW, G;
@@ -763,10 +790,11 @@ void test_pattern() {
 }  // namespace
 
 int main() {
-  static_assert(sizeof(Kernels<float>) == 19 * sizeof(void (*)()), "a kernel of the table has no test here");
+  static_assert(sizeof(Kernels<float>) == 20 * sizeof(void (*)()), "a kernel of the table has no test here");
   test_pattern();
   test_pack();
   test_linear();
+  test_weight_grad();
   test_conv2d();
   test_linbreg_step();
   test_l1_shift();

@@ -68,6 +68,10 @@ class Backend(Protocol):
         needs: tuple[bool, bool, bool],
     ) -> Grads: ...
 
+    def weight_grad(self, grad_y: torch.Tensor, x: torch.Tensor, grad_weight: torch.Tensor) -> bool:
+        """Writes ``grad_yᵀ x`` where that is faster than torch does it; says whether it did."""
+        ...
+
     def conv2d_forward(
         self,
         pattern: SparsePattern,

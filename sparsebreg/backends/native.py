@@ -107,6 +107,9 @@ class NativeBackend:
         )  # fmt: skip
         return grad_x, _tensor(grad_values), _tensor(grad_bias)
 
+    def weight_grad(self, grad_y, x, grad_weight):
+        return self.C.weight_grad(len(x), _memory(grad_y), _memory(x), _memory(grad_weight), torch.get_num_threads())
+
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):
         x_layout = _layout(x)
         size = geometry.output_size(x.shape[2:], pattern.shape[2:])

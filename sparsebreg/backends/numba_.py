@@ -310,6 +310,9 @@ class NumbaBackend:
         key = ("numba", geometry, tuple(x_shape[2:]))
         return pattern.cached(key, lambda: self._forward_plan(pattern, geometry, x_shape))
 
+    def weight_grad(self, grad_y, x, grad_weight):
+        return False
+
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):
         offset, (rows, cols), (oh, ow) = self._plan(pattern, geometry, x.shape)
         src = self._to_lanes(x, "source", geometry.padding, geometry.stride, (rows, cols))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsebreg import regularizers
+from sparsebreg import _extension, regularizers
 from sparsebreg.errors import check_choice, check_real, expected
 from sparsebreg.pattern import SparsePattern
 from sparsebreg.regularizers import NoReg, Regularizer
@@ -274,22 +274,25 @@ def flush(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def shared(p: torch.Tensor, tensors: Iterable[torch.Tensor | None]) -> list[Any] | None:
-    """NumPy arrays over the memory of these tensors of the parameter's shape, element by element in one order.
+    """These tensors of the parameter's shape as the extension takes them, element by element in one order.
 
     None stays None; None for all where native code cannot go through them so.
     """
-    found = [t.detach() if t is not None and t.requires_grad else t for t in tensors]
-    given = [t for t in found if t is not None]
-    for t in given:
+    found = list(tensors)
+    contiguous = True
+    for t in found:
+        if t is None:
+            continue
         if not t.is_cpu or t.dtype not in (p.dtype, torch.bool):
             return None
-    if not all(map(torch.Tensor.is_contiguous, given)):
+        contiguous = contiguous and t.is_contiguous()
+    if not contiguous:
         # channels_last, for one: the same order in memory for all is enough
         dense = torch.ops.aten.is_non_overlapping_and_dense(p)
-        if not dense or any(t.stride() != p.stride() for t in given):
+        if not dense or any(t is not None and t.stride() != p.stride() for t in found):
             return None
-        found = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in found]
-    return [None if t is None else t.numpy() for t in found]
+        found = [None if t is None else t.detach().as_strided((t.numel(),), (1,)) for t in found]
+    return found if _extension.TENSORS else [None if t is None else t.detach().numpy() for t in found]
 
 
 def _batches(params: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -133,6 +133,18 @@ SB_INLINE void load_own(const OwnTile<T>& t, int64_t r, int part, V<T> (&own)[TR
   }
 }
 
+// Sums and own values of a tile fill sixteen registers. With no more than those some are spilled; smaller tiles are
+// slower still.
+constexpr int MAX_TILE = 8;
+
+// Registers of a position that are summed at once.
+template <class T>
+constexpr int registers_at_once(int positions) {
+  int count = LANES / Vec<T>::n;
+  while (count > 1 && count * positions > MAX_TILE) count /= 2;
+  return count;
+}
+
 constexpr int AHEAD = 2;  // channels whose own values are fetched while others are summed
 
 template <class T>
@@ -168,9 +180,90 @@ struct GatherTile {
   OwnTile<T> own{};
 };
 
+// What the sums of channel r begin with.
+template <class T, int TR, int TC>
+SB_INLINE void begin_tile(const GatherTile<T>& t, int64_t r, int part, const T* sums, V<T> (&acc)[TR][TC]) {
+  const V<T> b = splat<T>(t.first && t.bias ? t.bias[r - t.r0] : T(0));
+  for (int i = 0; i < TR; ++i)
+    for (int j = 0; j < TC; ++j) acc[i][j] = t.first ? b : load(sums + (i * TC + j) * LANES + part);
+}
+
+// What becomes of them: they are stored, and what else is wanted is taken of them.
+template <class T, int TR, int TC>
+SB_INLINE void finish_tile(const GatherTile<T>& t, int64_t r, int part, const V<T> (&acc)[TR][TC], T* dst, T* sums) {
+  if (t.last && t.reduced) {
+    T* at = t.reduced + (r - t.r0) * 2 * LANES + part;
+    const T* x = t.x + (dst - t.dst) + part;
+    const V<T> scale = splat<T>(t.x_scale[r - t.r0]), shift = splat<T>(t.x_shift[r - t.r0]),
+               mean = splat<T>(t.x_mean[r - t.r0]);
+    V<T> g = load(at), gx = load(at + LANES);
+    for (int i = 0; i < TR; ++i)
+      for (int j = 0; j < TC; ++j) {
+        const V<T> own = load(x + i * t.dst_row + j * t.dst_col);
+        const V<T> passed = normed<T>(own, scale, shift) <= zero<T>() ? zero<T>() : acc[i][j];
+        g += passed;
+        gx += passed * (own - mean);
+      }
+    store(at, g);
+    store(at + LANES, gx);
+  }
+  if (t.last && t.moments) {
+    T* at = t.moments + (r - t.r0) * 2 * LANES + part;
+    V<T> mean = load(at), squares = load(at + LANES);
+    add_moments<T, TR * TC>(&acc[0][0], mean, squares, t.count);
+    store(at, mean);
+    store(at + LANES, squares);
+  }
+  if (!t.last) {
+    for (int i = 0; i < TR; ++i)
+      for (int j = 0; j < TC; ++j) store(sums + (i * TC + j) * LANES + part, acc[i][j]);
+  } else if (CAN_STREAM && t.past_the_caches) {
+    for (int i = 0; i < TR; ++i)
+      for (int j = 0; j < TC; ++j) stream(dst + i * t.dst_row + j * t.dst_col + part, acc[i][j]);
+  } else {
+    for (int i = 0; i < TR; ++i)
+      for (int j = 0; j < TC; ++j) store(dst + i * t.dst_row + j * t.dst_col + part, acc[i][j]);
+  }
+}
+
 // dst[r][i][j][:] = bias[r] + sum_k value[k] * src[offset[k] + i*src_row + j*LANES + :].   Cost: nnz * TR * TC FMAs.
-template <class T, int TR, int TC, bool CORRELATING, bool ORDERED>
-void gather_tile_as(const GatherTile<T>& t) {
+template <class T, int TR, int TC, bool ORDERED>
+void gather_tile_only(const GatherTile<T>& t) {
+  // Enough sums at once to keep the multipliers busy: of all lanes of a position, if they fit into the registers, and of
+  // even and odd nonzeros apart.
+  constexpr int n = Vec<T>::n, P = registers_at_once<T>(TR * TC), CHAINS = P * TR * TC <= MAX_TILE / 2 ? 2 : 1;
+  for (int64_t r = t.r0; r < t.r1; ++r) {
+    T* dst = t.dst + (r - t.r0) * t.dst_channel;
+    T* sums = t.first && t.last ? nullptr : t.sums + (r - t.r0) * TR * TC * LANES;
+    const int32_t k0 = t.begin[r * t.ptr_step], k1 = t.end[r * t.ptr_step];
+    if (k0 == k1 && !t.first && !t.last) continue;
+    for (int part = 0; part < LANES; part += P * n) {
+      V<T> acc[CHAINS][P][TR][TC] = {};
+      for (int h = 0; h < P; ++h) begin_tile<T, TR, TC>(t, r, part + h * n, sums, acc[0][h]);
+      const auto add = [&](int32_t k, int chain) {
+        const T* p = t.src + part + t.offset[k] * t.scale;
+        const V<T> v = splat<T>(t.value[ORDERED ? t.order[k] : k]);
+        for (int h = 0; h < P; ++h)
+          for (int i = 0; i < TR; ++i)
+            for (int j = 0; j < TC; ++j) acc[chain][h][i][j] += v * load(p + i * t.src_row + j * LANES + h * n);
+      };
+      int32_t k = k0;
+      for (; CHAINS > 1 && k + CHAINS <= k1; k += CHAINS)
+        for (int u = 0; u < CHAINS; ++u) add(k + u, u);
+      for (; k < k1; ++k) add(k, 0);
+      for (int h = 0; h < P; ++h) {
+        for (int u = 1; u < CHAINS; ++u)
+          for (int i = 0; i < TR; ++i)
+            for (int j = 0; j < TC; ++j) acc[0][h][i][j] += acc[u][h][i][j];
+        finish_tile<T, TR, TC>(t, r, part + h * n, acc[0][h], dst, sums);
+      }
+    }
+  }
+}
+
+// The same, and the gradients of values: what correlate_tile does for t.own.
+template <class T, int TR, int TC, bool ORDERED>
+void gather_tile_both(const GatherTile<T>& t) {
   constexpr int n = Vec<T>::n;
   SumQueue<T> queue;
   // Copies, since what is stored could lie over t, for all the compiler knows: it would read them for every nonzero.
@@ -186,17 +279,10 @@ void gather_tile_as(const GatherTile<T>& t) {
     if (k0 == k1 && !t.first && !t.last) continue;
     for (int part = 0; part < LANES; part += n) {
       V<T> acc[TR][TC];
-      if (t.first) {
-        const V<T> b = splat<T>(t.bias ? t.bias[r - t.r0] : T(0));
-        for (int i = 0; i < TR; ++i)
-          for (int j = 0; j < TC; ++j) acc[i][j] = b;
-      } else {
-        for (int i = 0; i < TR; ++i)
-          for (int j = 0; j < TC; ++j) acc[i][j] = load(sums + (i * TC + j) * LANES + part);
-      }
+      begin_tile<T, TR, TC>(t, r, part, sums, acc);
       const T* src = t.src + part;
       V<T> own[TR][TC] = {};
-      if (CORRELATING && k0 != k1) {  // phases of a strided convolution may have no nonzeros
+      if (k0 != k1) {  // phases of a strided convolution may have no nonzeros
         load_own<T, TR, TC>(t.own, r - t.r0, part, own);
         queue.seek(k0, grad_values);
         if (t.first && part == 0) {
@@ -208,65 +294,28 @@ void gather_tile_as(const GatherTile<T>& t) {
       for (int32_t k = k0; k < k1; ++k) {
         const T* p = src + offset[k] * scale;
         const V<T> v = splat<T>(value[ORDERED ? order[k] : k]);
-        if constexpr (CORRELATING) {
-          V<T> s[2] = {zero<T>(), zero<T>()};
-          for (int i = 0; i < TR; ++i)
-            for (int j = 0; j < TC; ++j) {
-              V<T> g = load(p + i * src_row + j * LANES);
-              in_register<T>(g);
-              acc[i][j] += v * g;
-              s[j & 1] += own[i][j] * g;
-            }
-          queue.put(s[0] + s[1], grad_values);
-        } else {
-          for (int i = 0; i < TR; ++i)
-            for (int j = 0; j < TC; ++j) acc[i][j] += v * load(p + i * src_row + j * LANES);
-        }
-      }
-      if (t.last && t.reduced) {
-        T* at = t.reduced + (r - t.r0) * 2 * LANES + part;
-        const T* x = t.x + (dst - t.dst) + part;
-        const V<T> scale = splat<T>(t.x_scale[r - t.r0]), shift = splat<T>(t.x_shift[r - t.r0]),
-                   mean = splat<T>(t.x_mean[r - t.r0]);
-        V<T> g = load(at), gx = load(at + LANES);
+        V<T> s[2] = {zero<T>(), zero<T>()};
         for (int i = 0; i < TR; ++i)
           for (int j = 0; j < TC; ++j) {
-            const V<T> own = load(x + i * t.dst_row + j * t.dst_col);
-            const V<T> passed = normed<T>(own, scale, shift) <= zero<T>() ? zero<T>() : acc[i][j];
-            g += passed;
-            gx += passed * (own - mean);
+            V<T> g = load(p + i * src_row + j * LANES);
+            in_register<T>(g);
+            acc[i][j] += v * g;
+            s[j & 1] += own[i][j] * g;
           }
-        store(at, g);
-        store(at + LANES, gx);
+        queue.put(s[0] + s[1], grad_values);
       }
-      if (t.last && t.moments) {
-        T* at = t.moments + (r - t.r0) * 2 * LANES + part;
-        V<T> mean = load(at), squares = load(at + LANES);
-        add_moments<T, TR * TC>(&acc[0][0], mean, squares, t.count);
-        store(at, mean);
-        store(at + LANES, squares);
-      }
-      if (!t.last) {
-        for (int i = 0; i < TR; ++i)
-          for (int j = 0; j < TC; ++j) store(sums + (i * TC + j) * LANES + part, acc[i][j]);
-      } else if (CAN_STREAM && t.past_the_caches) {
-        for (int i = 0; i < TR; ++i)
-          for (int j = 0; j < TC; ++j) stream(dst + i * t.dst_row + j * t.dst_col + part, acc[i][j]);
-      } else {
-        for (int i = 0; i < TR; ++i)
-          for (int j = 0; j < TC; ++j) store(dst + i * t.dst_row + j * t.dst_col + part, acc[i][j]);
-      }
+      finish_tile<T, TR, TC>(t, r, part, acc, dst, sums);
     }
   }
-  if constexpr (CORRELATING) queue.flush(grad_values);
+  queue.flush(grad_values);
 }
 
 template <class T, int TR, int TC>
 void gather_tile(const GatherTile<T>& t) {
   if (TR == 1 && t.order)  // a linear layer's
-    t.grad_values.at ? gather_tile_as<T, 1, TC, true, true>(t) : gather_tile_as<T, 1, TC, false, true>(t);
+    t.grad_values.at ? gather_tile_both<T, 1, TC, true>(t) : gather_tile_only<T, 1, TC, true>(t);
   else
-    t.grad_values.at ? gather_tile_as<T, TR, TC, true, false>(t) : gather_tile_as<T, TR, TC, false, false>(t);
+    t.grad_values.at ? gather_tile_both<T, TR, TC, false>(t) : gather_tile_only<T, TR, TC, false>(t);
 }
 
 template <class T>
@@ -317,10 +366,6 @@ void correlate_tile(const CorrelateTile<T>& t) {
     queue.flush(t.grad_values);
   }
 }
-
-// Sums and own values of a tile fill sixteen registers. With no more than those some are spilled; smaller tiles are
-// slower still.
-constexpr int MAX_TILE = 8;
 
 template <class T>
 using GatherFn = void (*)(const GatherTile<T>&);

@@ -213,19 +213,18 @@ void linear_forward(const NativeIndex& pattern, int64_t N, const Array& x, int x
 }
 
 // Whether it was done: not where a dense product is as fast.
-bool weight_grad(int64_t N, const Array& grad_y, const Array& x, const Array& grad_weight, int threads) {
+bool weight_grad(int64_t N, int64_t rows, int64_t cols, const Array& grad_y, const Array& x, const Array& grad_weight,
+                 int threads) {
   check_batch(N);
-  if (grad_weight.ndim != 2) refuse("grad_weight", "two dimensions", std::to_string(grad_weight.ndim));
   bool done = false;
   for_dtype(grad_weight, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t rows = grad_weight.shape[0], cols = grad_weight.shape[1];
     const WeightGradArgs<T> a{N,
                               rows,
                               cols,
                               in<T>("grad_y", grad_y, elements("grad_y", N, Layout::plain, {rows})),
                               in<T>("x", x, elements("x", N, Layout::plain, {cols})),
-                              out<T>("grad_weight", grad_weight, rows * cols),
+                              out<T>("grad_weight", grad_weight, elements("grad_weight", rows, Layout::plain, {cols})),
                               team(threads, double(N) * double(rows) * double(cols))};
     py::gil_scoped_release nogil;
     done = kernels_of<T>().weight_grad(a);

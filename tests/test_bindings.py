@@ -42,6 +42,11 @@ CALLS = {
         arrays(grad_y=(4, LANES), x=(5, 6), values=linear.nnz, grad_x=(5, 6), grad_values=linear.nnz, grad_bias=4),
         {"grad_x", "grad_values", "grad_bias"},
     ),
+    "weight_grad": (
+        lambda a, t: C.weight_grad(5, 4, 6, a["grad_y"], a["x"], a["grad_weight"], t),
+        arrays(grad_y=(5, 4), x=(5, 6), grad_weight=(4, 6)),
+        {"grad_weight"},
+    ),
     "conv2d_forward": (
         lambda a, t: C.conv2d_forward(cx, 2, GEOMETRY, a["x"], 0, None, a["values"], a["bias"], a["y"], 1, None, t),
         arrays(x=(2, 6, 5, 7), values=conv.nnz, bias=4, y=(4, 5, 7, LANES)),
@@ -211,7 +216,7 @@ EACH = [(name, array) for name, (_, valid, _) in CALLS.items() for array in vali
 
 
 def test_every_kernel_is_here():
-    kernels = {n for n in dir(C) if n.startswith(("linear_", "conv2d_", "norm_", "max_pool")) or n.endswith("_step")}
+    kernels = {n for n in dir(C) if n.startswith(("linear_", "weight_", "conv2d_", "norm_", "max_pool")) or n.endswith("_step")}
     assert kernels <= {*CALLS, "max_pool"}
 
 

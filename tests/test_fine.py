@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparsebreg as sb
+from sparsebreg import backends
 from sparsebreg.nn import FineConv2d, FineLinear
 
 
@@ -46,6 +47,25 @@ def test_all_gradients_are_the_dense_ones(engine, n, dtype):
     x = torch.randn(n, 3, 8, 8, dtype=dtype)
     tol = 1e-10 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close(gradients(model, x), gradients(dense, x), rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("n", [7, 20, 300])
+@pytest.mark.parametrize("after", [nn.ReLU(), nn.GELU()], ids=["few", "many"])
+def test_full_gradients_of_linear_layers(engine, n, after, dtype):
+    """A ReLU leaves few nonzeros in the gradient of what comes before it, which the native backend makes use of."""
+    model = sb.sparse_init_(nn.Sequential(nn.Linear(70, 90), after, nn.Linear(90, 70)), 0.15).to(dtype)
+    dense = copy.deepcopy(model)
+    cycle(model)
+    x, backend, taken = torch.randn(n, 70, dtype=dtype), backends.current(), []
+    original = backend.weight_grad
+    backend.weight_grad = lambda *arguments: taken.append(original(*arguments)) or taken[-1]
+    try:
+        got = gradients(model, x)
+    finally:
+        del backend.weight_grad
+    tol = 1e-10 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(got, gradients(dense, x), rtol=tol, atol=tol)
+    assert taken == [False, engine[0] == "native" and isinstance(after, nn.ReLU)]
 
 
 def test_output_is_computed_over_the_nonzero_weights(backend):

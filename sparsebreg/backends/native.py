@@ -108,7 +108,9 @@ class NativeBackend:
         return grad_x, _tensor(grad_values), _tensor(grad_bias)
 
     def weight_grad(self, grad_y, x, grad_weight):
-        return self.C.weight_grad(len(x), _memory(grad_y), _memory(x), _memory(grad_weight), torch.get_num_threads())
+        return self.C.weight_grad(
+            len(x), *grad_weight.shape, _memory(grad_y), _memory(x), _memory(grad_weight), torch.get_num_threads()
+        )
 
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):
         x_layout = _layout(x)

@@ -5,8 +5,8 @@
 // sums of a row and a strip of columns stay in registers while these samples pass by; the strip of x stays in the
 // first-level cache while some rows do. A nonzero costs as much as an entry costs a dense product, or little more.
 
-constexpr int STRIP = 64;         // columns; with SAMPLES of them 32 KB of floats
-constexpr int SAMPLES = 128;      // of which nonzeros are listed, and summed, at a time
+constexpr int STRIP = 64;         // columns
+constexpr int SAMPLES = 64;       // of which nonzeros are listed, and summed, at a time: a strip of them has 16 KB
 constexpr int ROWS_AT_ONCE = 32;  // that a strip is used for
 // Of grad_y, above which a dense product is as fast: the lists have to be made, and x to be copied.
 constexpr double MOST_NONZEROS = 0.6;
@@ -24,18 +24,24 @@ struct SampleLists {
 template <class T>
 void list_samples(const T* grad_y, int64_t rows, int64_t n0, int64_t n1, int64_t r0, int64_t r1,
                   const SampleLists<T>& to) {
-  int32_t count[LANES] = {};
-  const int64_t m = r1 - r0;
-  for (int64_t n = n0; n < n1; ++n) {
-    const T* g = grad_y + n * rows + r0;
-    for (int64_t i = 0; i < m; ++i) {  // without a branch: what is zero is overwritten by what comes next
-      const int64_t at = (r0 + i) * SAMPLES + count[i];
-      to.place[at] = int32_t((n - n0) * STRIP);
-      to.value[at] = g[i];
-      count[i] += g[i] != T(0);
+  alignas(64) T turned[LANES * SAMPLES];
+  for (int l = 0; l < SAMPLES; l += LANES) {
+    const int64_t n = n0 + l;
+    const int images = int(most<int64_t>(0, least<int64_t>(LANES, n1 - n)));
+    pack_rows(images ? grad_y + n * rows + r0 : grad_y, rows, images, r1 - r0, turned + l, SAMPLES);
+  }
+  for (int64_t r = r0; r < r1; ++r) {
+    const T* g = turned + (r - r0) * SAMPLES;
+    int32_t* place = to.place + r * SAMPLES;
+    T* value = to.value + r * SAMPLES;
+    uint64_t left = nonzero_word<T>(g);
+    to.count[r] = __builtin_popcountll(left);
+    for (; left; left &= left - 1) {
+      const int n = __builtin_ctzll(left);
+      *place++ = n * STRIP;
+      *value++ = g[n];
     }
   }
-  for (int64_t i = 0; i < m; ++i) to.count[r0 + i] = count[i];
 }
 
 // x (N, cols) to [strips][N][STRIP], zero beyond cols.

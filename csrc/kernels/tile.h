@@ -229,8 +229,8 @@ SB_INLINE void finish_tile(const GatherTile<T>& t, int64_t r, int part, const V<
 // dst[r][i][j][:] = bias[r] + sum_k value[k] * src[offset[k] + i*src_row + j*LANES + :].   Cost: nnz * TR * TC FMAs.
 template <class T, int TR, int TC, bool ORDERED>
 void gather_tile_only(const GatherTile<T>& t) {
-  // Enough sums at once to keep the multipliers busy: of all lanes of a position, if they fit into the registers, and of
-  // even and odd nonzeros apart.
+  // Enough sums at once to keep the multipliers busy: of all lanes of a position, if they fit into the registers, and
+  // of even and odd nonzeros apart.
   constexpr int n = Vec<T>::n, P = registers_at_once<T>(TR * TC), CHAINS = P * TR * TC <= MAX_TILE / 2 ? 2 : 1;
   for (int64_t r = t.r0; r < t.r1; ++r) {
     T* dst = t.dst + (r - t.r0) * t.dst_channel;

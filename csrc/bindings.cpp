@@ -212,24 +212,75 @@ void linear_forward(const NativeIndex& pattern, int64_t N, const Array& x, int x
   });
 }
 
-// Whether it was done: not where a dense product is as fast.
-bool weight_grad(int64_t N, int64_t rows, int64_t cols, const Array& grad_y, const Array& x, const Array& grad_weight,
-                 int threads) {
-  check_batch(N);
-  bool done = false;
+// The gradient of a linear layer's weight in factors; see kernels/weight_grad.h. It has copies of all it needs.
+class NativeGrad {
+ public:
+  // None where a dense product is as fast: the lists have to be made, and x to be copied.
+  static py::object of(int64_t N, int64_t rows, int64_t cols, const Array& grad_y, const Array& x, int threads) {
+    check_batch(N);
+    std::unique_ptr<NativeGrad> made;
+    for_dtype(grad_y, [&](auto zero) {
+      using T = decltype(zero);
+      const int64_t size = elements("grad_y", N, Layout::plain, {rows});
+      const T* g = in<T>("grad_y", grad_y, size);
+      const T* from = in<T>("x", x, elements("x", N, Layout::plain, {cols}));
+      const int t = team(threads, double(size) * double(cols));
+      py::gil_scoped_release nogil;
+      const int64_t nonzeros = kernels_of<T>().count_nonzeros(g, size, t);
+      if (size == 0 || cols == 0 || double(nonzeros) > 0.6 * double(size)) return;
+      made.reset(new NativeGrad);
+      const int64_t blocks = (N + GRAD_SAMPLES - 1) / GRAD_SAMPLES, lists = blocks * rows;
+      const int64_t strips = (cols + GRAD_STRIP - 1) / GRAD_STRIP;
+      made->places_ = PoolArray<int32_t>(size_t(lists * (GRAD_SAMPLES + 1)));
+      made->numbers_ = PoolArray<char>(size_t(lists * GRAD_SAMPLES + strips * N * GRAD_STRIP) * sizeof(T));
+      made->itemsize_ = sizeof(T);
+      T* value = reinterpret_cast<T*>(made->numbers_.data());
+      int32_t* place = made->places_.data();
+      const FactorArgs<T> a{N,     rows,  cols, g, from, value + lists * GRAD_SAMPLES, place + lists * GRAD_SAMPLES,
+                            place, value, t};
+      kernels_of<T>().factor_grad(a);
+      made->factors_ = GradFactors<char>{N,
+                                         rows,
+                                         cols,
+                                         reinterpret_cast<const char*>(a.strips),
+                                         a.count,
+                                         a.place,
+                                         reinterpret_cast<const char*>(a.value)};
+    });
+    return made ? py::cast(std::move(made)) : py::none();
+  }
+
+  // Raises unless it is of type T and has `size` entries.
+  template <class T>
+  GradFactors<T> factors(int64_t size) const {
+    if (itemsize_ != sizeof(T)) throw py::type_error("g: expected the dtype of p, got another");
+    const auto& f = factors_;
+    if (f.rows * f.cols != size) refuse("g", std::to_string(size) + " elements", std::to_string(f.rows * f.cols));
+    return {f.N,
+            f.rows,
+            f.cols,
+            reinterpret_cast<const T*>(f.strips),
+            f.count,
+            f.place,
+            reinterpret_cast<const T*>(f.value)};
+  }
+
+ private:
+  PoolArray<int32_t> places_;
+  PoolArray<char> numbers_;
+  size_t itemsize_ = 0;
+  GradFactors<char> factors_{};  // of numbers of itemsize_ bytes
+};
+
+void weight_grad(const NativeGrad& grad, const Array& grad_weight, int threads) {
   for_dtype(grad_weight, [&](auto zero) {
     using T = decltype(zero);
-    const WeightGradArgs<T> a{N,
-                              rows,
-                              cols,
-                              in<T>("grad_y", grad_y, elements("grad_y", N, Layout::plain, {rows})),
-                              in<T>("x", x, elements("x", N, Layout::plain, {cols})),
-                              out<T>("grad_weight", grad_weight, elements("grad_weight", rows, Layout::plain, {cols})),
-                              team(threads, double(N) * double(rows) * double(cols))};
+    const GradFactors<T> f = grad.factors<T>(grad_weight.size);
+    T* to = out<T>("grad_weight", grad_weight, grad_weight.size);
+    const int t = team(threads, double(f.N) * double(grad_weight.size));
     py::gil_scoped_release nogil;
-    done = kernels_of<T>().weight_grad(a);
+    kernels_of<T>().weight_grad(f, to, t);
   });
-  return done;
 }
 
 // Sizes of x and y, then everything that backward passes of linear and convolution layers share.
@@ -473,27 +524,43 @@ py::tuple transposed_arrays(const NativeIndex& pattern, int threads) {
   return py::make_tuple(copy_of(ix.colptr, ix.cols + 1), copy_of(ix.row, ix.nnz), copy_of(ix.csc_to_csr, ix.nnz));
 }
 
+// A gradient, or what it is to be made of.
+using Gradient = std::variant<Array, const NativeGrad*>;
+
+// Sets a.g, or a.factors to `room`, and the threads; a.n is known.
+template <class Args, class T>
+void take_gradient(Args& a, const Gradient& g, GradFactors<T>& room, int threads) {
+  if (const auto* given = std::get_if<Array>(&g)) {
+    a.g = in<T>("g", *given, a.n);
+    a.threads = team(threads, double(a.n));
+  } else {
+    room = std::get<const NativeGrad*>(g)->factors<T>(a.n);
+    a.factors = &room;
+    a.threads = team(threads, double(a.n) * double(room.N));
+  }
+}
+
 template <class T>
-StepArgs<T> step_args(const Array& p, const Array& g, const Maybe& m, const Maybe& active, double lr, double beta,
-                      double lam, double weight_decay, bool maximize, int threads) {
+StepArgs<T> step_args(const Array& p, const Gradient& g, GradFactors<T>& factors, const Maybe& m, const Maybe& active,
+                      double lr, double beta, double lam, double weight_decay, bool maximize, int threads) {
   const int64_t n = p.size;
   StepArgs<T> a{};
   a.n = n;
   a.p = out<T>("p", p, n);
-  a.g = in<T>("g", g, n);
+  take_gradient(a, g, factors, threads);
   a.m = maybe_out<T>("m", m, n);
   a.active = reinterpret_cast<const uint8_t*>(maybe_in<bool>("active", active, n));
   a.lr = lr, a.beta = beta, a.lam = lam, a.weight_decay = weight_decay;
   a.sign = maximize ? -1.0 : 1.0;
-  a.threads = team(threads, double(n));
   return a;
 }
 
-void linbreg_step(const Array& p, const Array& g, const Array& v, const Maybe& m, const Maybe& active, double lr,
+void linbreg_step(const Array& p, const Gradient& g, const Array& v, const Maybe& m, const Maybe& active, double lr,
                   double beta, double delta, double lam, double weight_decay, bool maximize, int threads) {
   for_dtype(p, [&](auto zero) {
     using T = decltype(zero);
-    StepArgs<T> a = step_args<T>(p, g, m, active, lr, beta, lam, weight_decay, maximize, threads);
+    GradFactors<T> factors;
+    StepArgs<T> a = step_args<T>(p, g, factors, m, active, lr, beta, lam, weight_decay, maximize, threads);
     a.v = out<T>("v", v, a.n);
     a.delta = delta;
     py::gil_scoped_release nogil;
@@ -515,41 +582,38 @@ void l1_shift(const Array& p, const Array& v, double delta, double lam, int thre
   });
 }
 
-void proxsgd_step(const Array& p, const Array& g, const Maybe& m, const Maybe& active, double lr, double beta,
+void proxsgd_step(const Array& p, const Gradient& g, const Maybe& m, const Maybe& active, double lr, double beta,
                   double lam, double weight_decay, bool maximize, int threads) {
   for_dtype(p, [&](auto zero) {
     using T = decltype(zero);
-    const StepArgs<T> a = step_args<T>(p, g, m, active, lr, beta, lam, weight_decay, maximize, threads);
+    GradFactors<T> factors;
+    const StepArgs<T> a = step_args<T>(p, g, factors, m, active, lr, beta, lam, weight_decay, maximize, threads);
     py::gil_scoped_release nogil;
     kernels_of<T>().proxsgd_step(a);
   });
 }
 
-void adabreg_step(const Array& p, const Array& g, const Array& v, const Array& m, const Array& s, const Maybe& active,
-                  double lr, double beta1, double beta2, double eps, double correction1, double correction2,
-                  double delta, double lam, double weight_decay, bool decoupled, bool maximize, int threads) {
+void adabreg_step(const Array& p, const Gradient& g, const Array& v, const Array& m, const Array& s,
+                  const Maybe& active, double lr, double beta1, double beta2, double eps, double correction1,
+                  double correction2, double delta, double lam, double weight_decay, bool decoupled, bool maximize,
+                  int threads) {
   for_dtype(p, [&](auto zero) {
     using T = decltype(zero);
     const int64_t n = p.size;
-    AdaStepArgs<T> a{n,
-                     out<T>("p", p, n),
-                     in<T>("g", g, n),
-                     out<T>("v", v, n),
-                     out<T>("m", m, n),
-                     out<T>("s", s, n),
-                     reinterpret_cast<const uint8_t*>(maybe_in<bool>("active", active, n)),
-                     lr,
-                     beta1,
-                     beta2,
-                     eps,
-                     correction1,
-                     correction2,
-                     delta,
-                     lam,
-                     weight_decay,
-                     maximize ? -1.0 : 1.0,
-                     decoupled,
-                     team(threads, double(n))};
+    AdaStepArgs<T> a{};
+    a.n = n;
+    a.p = out<T>("p", p, n);
+    GradFactors<T> factors;
+    take_gradient(a, g, factors, threads);
+    a.v = out<T>("v", v, n);
+    a.m = out<T>("m", m, n);
+    a.s = out<T>("s", s, n);
+    a.active = reinterpret_cast<const uint8_t*>(maybe_in<bool>("active", active, n));
+    a.lr = lr, a.beta1 = beta1, a.beta2 = beta2, a.eps = eps;
+    a.correction1 = correction1, a.correction2 = correction2;
+    a.delta = delta, a.lam = lam, a.weight_decay = weight_decay;
+    a.sign = maximize ? -1.0 : 1.0;
+    a.decoupled = decoupled;
     py::gil_scoped_release nogil;
     kernels_of<T>().adabreg_step(a);
   });
@@ -763,6 +827,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_isa", &select_isa);
   m.def("linear_forward", &linear_forward);
   m.def("linear_backward", &linear_backward);
+  py::class_<NativeGrad>(m, "Gradient").def_static("of", &NativeGrad::of);
   m.def("weight_grad", &weight_grad);
   m.def("conv2d_forward", &conv2d_forward);
   m.def("conv2d_backward", &conv2d_backward);

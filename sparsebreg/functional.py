@@ -110,9 +110,9 @@ class _Conv2d(torch.autograd.Function):
 
 def _full_linear_gradient(grad_y: torch.Tensor, x: torch.Tensor, backend: backends.Backend) -> torch.Tensor:
     """The gradient of a linear layer's dense weight."""
-    grad = memory.empty((grad_y.shape[1], x.shape[1]), x.dtype)
-    if not backend.weight_grad(grad_y, x, grad):
-        return torch.mm(grad_y.t(), x, out=grad)
+    grad = backend.weight_grad(grad_y, x)
+    if grad is None:
+        return torch.mm(grad_y.t(), x, out=memory.empty((grad_y.shape[1], x.shape[1]), x.dtype))
     if torch._C._len_torch_dispatch_stack():
         torch.ops.sparsebreg.count_flops(2 * len(x) * grad.numel())
     return grad

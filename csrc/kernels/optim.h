@@ -1,11 +1,31 @@
 // The optimizers' inner loops. Included inside an instruction set's namespace; no include guard.
 
-// Calls masked or plain(a, begin, count) piece by piece: a piece of all arrays fits into a second-level cache.
 template <class A>
-void in_pieces(const A& a, void (*masked)(const A&, int64_t, int64_t), void (*plain)(const A&, int64_t, int64_t)) {
-  const int64_t piece = 8192, pieces = div_up(a.n, piece);
+using Gradient = decltype(A::g);
+
+// Calls masked or plain(a, gradient of the first weight, begin, count) piece by piece: a piece of all arrays fits into
+// a second-level cache.
+template <class A>
+void in_pieces(const A& a, void (*masked)(const A&, Gradient<A>, int64_t, int64_t),
+               void (*plain)(const A&, Gradient<A>, int64_t, int64_t)) {
+  const int64_t piece = 8192;
+  const auto some = [&](Gradient<A> g, int64_t begin, int64_t n) { (a.active ? masked : plain)(a, g, begin, n); };
+  if (a.factors) {
+    const auto& f = *a.factors;
+    using T = std::decay_t<decltype(*a.p)>;
+    const int64_t step = rows_at_once(f, a.threads);
+    const TeamScratch<T> gradients(slot_dest, a.threads, size_t(step * f.cols));
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
-  for (int64_t i = 0; i < pieces; ++i) (a.active ? masked : plain)(a, i * piece, least(piece, a.n - i * piece));
+    for (int64_t r = 0; r < f.rows; r += step) {
+      const int64_t end = least(f.rows, r + step), n = (end - r) * f.cols;
+      T* g = gradients.mine();
+      product_rows(f, r, end, g);
+      for (int64_t k = 0; k < n; k += piece) some(g + k, r * f.cols + k, least(piece, n - k));
+    }
+    return;
+  }
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
+  for (int64_t k = 0; k < a.n; k += piece) some(a.g ? a.g + k : nullptr, k, least(piece, a.n - k));
 }
 
 // yes or no, without a branch: as a conditional, compilers move what only one of them needs behind it, and what then is
@@ -51,12 +71,11 @@ void shrink(T* __restrict p, const T* __restrict v, const uint8_t* __restrict ac
 // g' = sign * g + decay * p;  m = beta * m + (1 - beta) * lr * g';  v -= m (without m: v -= lr * g');
 // p = shrink(delta * v, delta * lam). What is not active stands still.
 template <class T, bool MASKED>
-void linbreg_piece(const StepArgs<T>& a, int64_t begin, int64_t n) {
+void linbreg_piece(const StepArgs<T>& a, const T* __restrict g, int64_t begin, int64_t n) {
   const T lr = T(a.lr), beta = T(a.beta), gain = T((1 - a.beta) * a.lr), delta = T(a.delta);
   const T threshold = T(a.delta * a.lam), decay = T(a.weight_decay), sign = T(a.sign);
   T* __restrict p = a.p + begin;
   T* __restrict v = a.v + begin;
-  const T* __restrict g = a.g + begin;
   const uint8_t* __restrict active = MASKED ? a.active + begin : nullptr;
   if (a.m) {
     T* __restrict m = a.m + begin;
@@ -82,7 +101,7 @@ void linbreg_step(const StepArgs<T>& a) {
 // v and p after lam of the L1 norm has changed to a.lam. What stays active keeps its weight: v = p / delta +- lam. What
 // does not falls asleep with its v, and what would wake by the change is held at the bound.
 template <class T>
-void l1_shift_piece(const StepArgs<T>& a, int64_t begin, int64_t n) {
+void l1_shift_piece(const StepArgs<T>& a, const T*, int64_t begin, int64_t n) {
   const T delta = T(a.delta), scale = T(1 / a.delta), lam = T(a.lam), threshold = T(a.delta * a.lam);
   T* __restrict p = a.p + begin;
   T* __restrict v = a.v + begin;
@@ -103,7 +122,7 @@ void l1_shift(const StepArgs<T>& a) {
 // m = lerp(m, g', 1 - beta1);  s = beta2 * s + (1 - beta2) * g'^2;  v -= lr * (m / correction1) /
 // (sqrt(s / correction2) + eps);  then as above.
 template <class T, bool MASKED>
-void adabreg_piece(const AdaStepArgs<T>& a, int64_t begin, int64_t n) {
+void adabreg_piece(const AdaStepArgs<T>& a, const T* __restrict g, int64_t begin, int64_t n) {
   const T step = T(a.lr / a.correction1), root = T(1 / std::sqrt(a.correction2)), eps = T(a.eps), delta = T(a.delta);
   const T keep1 = T(1 - a.beta1), beta2 = T(a.beta2), keep2 = T(1 - a.beta2), sign = T(a.sign);
   constexpr T least_normal = std::numeric_limits<T>::min();
@@ -112,7 +131,6 @@ void adabreg_piece(const AdaStepArgs<T>& a, int64_t begin, int64_t n) {
   T* __restrict v = a.v + begin;
   T* __restrict m = a.m + begin;
   T* __restrict s = a.s + begin;
-  const T* __restrict g = a.g + begin;
   const uint8_t* __restrict active = MASKED ? a.active + begin : nullptr;
   for (int64_t k = 0; k < n; ++k) {
     const T grad = sign * g[k] + coupled * p[k];
@@ -134,10 +152,9 @@ void adabreg_step(const AdaStepArgs<T>& a) {
 // One proximal gradient step: g' = sign * g + decay * p;  m = beta * m + g' (without m: m = g');
 // p = p - lr * m shrunk by lr * lam. There is no v.
 template <class T, bool MASKED>
-void proxsgd_piece(const StepArgs<T>& a, int64_t begin, int64_t n) {
+void proxsgd_piece(const StepArgs<T>& a, const T* __restrict g, int64_t begin, int64_t n) {
   const T lr = T(a.lr), beta = T(a.beta), threshold = T(a.lr * a.lam), decay = T(a.weight_decay), sign = T(a.sign);
   T* __restrict p = a.p + begin;
-  const T* __restrict g = a.g + begin;
   const uint8_t* __restrict active = MASKED ? a.active + begin : nullptr;
   if (a.m) {
     T* __restrict m = a.m + begin;

@@ -47,13 +47,30 @@ struct LinearArgs {
   int threads;
 };
 
-// grad_weight (rows x cols) = grad_yᵀ x, with grad_y (N, rows) and x (N, cols) row-major.
+constexpr int GRAD_STRIP = 64;    // columns
+constexpr int GRAD_SAMPLES = 64;  // with a strip of them 16 KB of floats
+
+// The gradient of a linear layer's weight as the product that it is, grad_yᵀ x (rows x cols): the nonzeros of grad_y,
+// and x in strips of columns. See weight_grad.h.
 template <class T>
-struct WeightGradArgs {
+struct GradFactors {
+  int64_t N, rows, cols;
+  const T* strips;       // [ceil(cols / GRAD_STRIP)][N][GRAD_STRIP], zero beyond cols
+  const int32_t* count;  // [ceil(N / GRAD_SAMPLES)][rows]: nonzeros of a row in a block of samples
+  const int32_t* place;  // [blocks][rows][GRAD_SAMPLES]: their samples inside of the block, times GRAD_STRIP
+  const T* value;        // the same
+};
+
+// From grad_y (N, rows) and x (N, cols), row-major, to the arrays of GradFactors.
+template <class T>
+struct FactorArgs {
   int64_t N, rows, cols;
   const T* grad_y;
   const T* x;
-  T* grad_weight;
+  T* strips;
+  int32_t* count;
+  int32_t* place;
+  T* value;
   int threads;
 };
 
@@ -105,7 +122,8 @@ template <class T>
 struct StepArgs {
   int64_t n;
   T* p;
-  const T* g;
+  const T* g;                     // null with factors
+  const GradFactors<T>* factors;  // of the gradient, which then is never written; null: none
   T* v;
   T* m;                   // null: no momentum
   const uint8_t* active;  // null: all; else only where it is 1, the others and their state stand still
@@ -118,6 +136,7 @@ struct AdaStepArgs {
   int64_t n;
   T* p;
   const T* g;
+  const GradFactors<T>* factors;
   T* v;
   T* m;
   T* s;
@@ -181,7 +200,9 @@ template <class T>
 struct Kernels {
   void (*linear_forward)(const LinearArgs<T>&);
   void (*linear_backward)(const LinearArgs<T>&);
-  bool (*weight_grad)(const WeightGradArgs<T>&);
+  int64_t (*count_nonzeros)(const T* x, int64_t n, int threads);
+  void (*factor_grad)(const FactorArgs<T>&);
+  void (*weight_grad)(const GradFactors<T>&, T* grad_weight, int threads);
   void (*conv2d_forward)(const ConvArgs<T>&);
   void (*conv2d_backward)(const ConvArgs<T>&);
   void (*pack)(const PackArgs<T>&);

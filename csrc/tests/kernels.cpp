@@ -233,12 +233,73 @@ void test_linear() {
   family("linear");
 }
 
+template <class T>
+std::vector<T> floats(const Doubles& x) {
+  return std::vector<T>(x.begin(), x.end());
+}
+
+// Steps that take their gradient from its factors, against those that are given it.
+template <class T>
+void test_steps_of(const GradFactors<T>& f, const T* grad, bool masked, int threads) {
+  const int64_t n = f.rows * f.cols;
+  std::vector<uint8_t> active(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) active[size_t(i)] = i % 3 != 1;
+  const Doubles p0 = random_doubles(n), v0 = random_doubles(n), m0 = random_doubles(n);
+  std::vector<T> p[2], v[2], m[2], s[2];
+  const auto steps = [&](int from) {
+    p[from] = floats<T>(p0), v[from] = floats<T>(v0), m[from] = floats<T>(m0), s[from].assign(size_t(n), T(1));
+    StepArgs<T> a{n,
+                  p[from].data(),
+                  from ? nullptr : grad,
+                  from ? &f : nullptr,
+                  v[from].data(),
+                  m[from].data(),
+                  masked ? active.data() : nullptr,
+                  0.125,
+                  0.75,
+                  1.5,
+                  0.3,
+                  0.0625,
+                  1,
+                  threads};
+    kernels<T>().linbreg_step(a);
+    kernels<T>().proxsgd_step(a);
+    AdaStepArgs<T> ada{n,
+                       p[from].data(),
+                       from ? nullptr : grad,
+                       from ? &f : nullptr,
+                       v[from].data(),
+                       m[from].data(),
+                       s[from].data(),
+                       masked ? active.data() : nullptr,
+                       0.125,
+                       0.75,
+                       0.875,
+                       0.25,
+                       0.5,
+                       0.25,
+                       1.5,
+                       0.3,
+                       0.0625,
+                       1,
+                       false,
+                       threads};
+    kernels<T>().adabreg_step(ada);
+  };
+  steps(0);
+  steps(1);
+  same("p of factors", p[1], p[0]);
+  same("v of factors", v[1], v[0]);
+  same("m of factors", m[1], m[0]);
+  same("s of factors", s[1], s[0]);
+}
+
 void test_weight_grad() {
   struct {
     int64_t N, rows, cols;
     double density;
-  } const cases[] = {{1, 1, 1, .5},    {7, 5, 3, .5},      {128, 33, 64, .4}, {129, 16, 65, .4}, {300, 70, 130, .3},
-                     {16, 40, 200, 0}, {130, 2000, 9, .2}, {64, 20, 70, .9},  {0, 5, 7, .5},     {5, 0, 7, .5}};
+  } const cases[] = {{1, 1, 1, .5},    {7, 5, 3, .5},      {64, 33, 64, .4}, {65, 16, 65, .4},   {300, 70, 130, .3},
+                     {16, 40, 200, 0}, {130, 2000, 9, .2}, {64, 20, 70, 1},  {20, 300, 500, .5}, {3, 9, 5000, .3}};
   for (const auto& c : cases) {
     const Doubles x = random_doubles(c.N * c.cols);
     Doubles grad_y = random_doubles(c.N * c.rows), wanted(size_t(c.rows * c.cols));
@@ -248,13 +309,18 @@ void test_weight_grad() {
       for (int64_t r = 0; r < c.rows; ++r)
         for (int64_t i = 0; i < c.cols; ++i)
           wanted[size_t(r * c.cols + i)] += grad_y[size_t(n * c.rows + r)] * x[size_t(n * c.cols + i)];
+    const int64_t blocks = (c.N + GRAD_SAMPLES - 1) / GRAD_SAMPLES, strips = (c.cols + GRAD_STRIP - 1) / GRAD_STRIP;
     everywhere("weight_grad " + text({c.N, c.rows, c.cols, nonzeros}), [&](auto zero, int threads) {
       using T = decltype(zero);
-      Buffer<T> gy(grad_y), in(x), out(int64_t(wanted.size()));
-      const bool done = kernels<T>().weight_grad({c.N, c.rows, c.cols, gy, in, out, threads});
-      const bool sparse = !grad_y.empty() && nonzeros <= 6 * int64_t(grad_y.size()) / 10;
-      if (done != sparse) fail(done ? "a dense gradient taken" : "a sparse gradient left");
-      compare("grad_weight", out, done ? wanted : Doubles(wanted.size(), std::nan("")));
+      Buffer<T> gy(grad_y), in(x), out(int64_t(wanted.size())), packed(strips * c.N * GRAD_STRIP),
+          value(blocks * c.rows * GRAD_SAMPLES);
+      std::vector<int32_t> count(size_t(blocks * c.rows)), place(size_t(blocks * c.rows * GRAD_SAMPLES));
+      if (kernels<T>().count_nonzeros(gy, c.N * c.rows, threads) != nonzeros) fail("count_nonzeros");
+      kernels<T>().factor_grad({c.N, c.rows, c.cols, gy, in, packed, count.data(), place.data(), value, threads});
+      const GradFactors<T> f{c.N, c.rows, c.cols, packed, count.data(), place.data(), value};
+      kernels<T>().weight_grad(f, out, threads);
+      compare("grad_weight", out, wanted);
+      for (bool masked : {false, true}) test_steps_of<T>(f, out, masked, threads);
     });
   }
   family("weight_grad");
@@ -446,7 +512,7 @@ void test_linbreg_step() {
                    [&](auto zero, int threads) {
                      using T = decltype(zero);
                      Buffer<T> pb(p0), gb(g), vb(v0), mb(m0);
-                     kernels<T>().linbreg_step(StepArgs<T>{n, pb, gb, vb, momentum ? mb.data : nullptr,
+                     kernels<T>().linbreg_step(StepArgs<T>{n, pb, gb, nullptr, vb, momentum ? mb.data : nullptr,
                                                            masked ? active.data() : nullptr, lr, beta, delta, lam,
                                                            decay, sign, threads});
                      compare("p", pb, p);
@@ -545,8 +611,10 @@ void test_adabreg_step() {
       everywhere("adabreg_step " + text({n, decoupled, masked}), [&](auto zero, int threads) {
         using T = decltype(zero);
         Buffer<T> pb(p0), gb(g), vb(v0), mb(m0), sb(s0);
-        kernels<T>().adabreg_step(AdaStepArgs<T>{n, pb, gb, vb, mb, sb, masked ? active.data() : nullptr, lr, beta1,
-                                                 beta2, eps, c1, c2, delta, lam, decay, sign, decoupled, threads});
+        kernels<T>().adabreg_step(
+            AdaStepArgs<T>{n,     pb,    gb,        nullptr, vb, mb, sb,    masked ? active.data() : nullptr,
+                           lr,    beta1, beta2,     eps,     c1, c2, delta, lam,
+                           decay, sign,  decoupled, threads});
         compare("p", pb, p);
         compare("v", vb, v);
         compare("m", mb, m);
@@ -569,7 +637,7 @@ void test_subnormal_state() {
         for (T one : x)
           if (one != value) return fail(what);
       };
-      StepArgs<T> a{n, p.data(), g.data(), v.data(), m.data(), nullptr, 0.1, 0.75, 1, 0.1, 0, 1, threads};
+      StepArgs<T> a{n, p.data(), g.data(), nullptr, v.data(), m.data(), nullptr, 0.1, 0.75, 1, 0.1, 0, 1, threads};
       const T next = std::abs(state) > tiny ? T(0.75) * state : T(0);
       kernels<T>().linbreg_step(a);
       is(m, next, "linbreg_step");
@@ -577,7 +645,7 @@ void test_subnormal_state() {
       kernels<T>().proxsgd_step(a);
       is(m, next, "proxsgd_step");
       m = more;
-      kernels<T>().adabreg_step(AdaStepArgs<T>{n, p.data(), g.data(), v.data(), m.data(), s.data(), nullptr, 0.1, 0.75,
+      kernels<T>().adabreg_step(AdaStepArgs<T>{n, p.data(), g.data(), nullptr, v.data(), m.data(), s.data(), nullptr, 0.1, 0.75,
                                                0.75, 1e-8, 1, 1, 1, 0.1, 0, 1, false, threads});
       is(m, next, "adabreg_step, mean");
       is(s, tiny, "adabreg_step, square");
@@ -790,7 +858,7 @@ void test_pattern() {
 }  // namespace
 
 int main() {
-  static_assert(sizeof(Kernels<float>) == 20 * sizeof(void (*)()), "a kernel of the table has no test here");
+  static_assert(sizeof(Kernels<float>) == 22 * sizeof(void (*)()), "a kernel of the table has no test here");
   test_pattern();
   test_pack();
   test_linear();

@@ -68,8 +68,8 @@ class Backend(Protocol):
         needs: tuple[bool, bool, bool],
     ) -> Grads: ...
 
-    def weight_grad(self, grad_y: torch.Tensor, x: torch.Tensor, grad_weight: torch.Tensor) -> bool:
-        """Writes ``grad_yᵀ x`` where that is faster than torch does it; says whether it did."""
+    def weight_grad(self, grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+        """``grad_yᵀ x`` where that is faster than torch makes it, else None; neither is a lane tensor."""
         ...
 
     def conv2d_forward(

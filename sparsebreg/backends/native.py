@@ -9,6 +9,7 @@ import torch
 from sparsebreg import _extension, lanes, memory
 from sparsebreg.backends._protocol import Geometry, Layout
 from sparsebreg.errors import BackendError
+from sparsebreg.gradient import PendingGrad
 from sparsebreg.lanes import LANES, LaneTensor
 
 
@@ -107,10 +108,10 @@ class NativeBackend:
         )  # fmt: skip
         return grad_x, _tensor(grad_values), _tensor(grad_bias)
 
-    def weight_grad(self, grad_y, x, grad_weight):
-        return self.C.weight_grad(
-            len(x), *grad_weight.shape, _memory(grad_y), _memory(x), _memory(grad_weight), torch.get_num_threads()
-        )
+    def weight_grad(self, grad_y, x):
+        n, rows = grad_y.shape
+        factors = self.C.Gradient.of(n, rows, x.shape[1], _memory(grad_y), _memory(x), torch.get_num_threads())
+        return None if factors is None else PendingGrad.of(factors, (rows, x.shape[1]), x.dtype)
 
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):
         x_layout = _layout(x)

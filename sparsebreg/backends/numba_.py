@@ -310,8 +310,8 @@ class NumbaBackend:
         key = ("numba", geometry, tuple(x_shape[2:]))
         return pattern.cached(key, lambda: self._forward_plan(pattern, geometry, x_shape))
 
-    def weight_grad(self, grad_y, x, grad_weight):
-        return False
+    def weight_grad(self, grad_y, x):
+        return None
 
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):
         offset, (rows, cols), (oh, ow) = self._plan(pattern, geometry, x.shape)

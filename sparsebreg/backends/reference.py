@@ -23,8 +23,8 @@ class ReferenceBackend:
             grad_y.sum(0) if needs[2] else None,
         )
 
-    def weight_grad(self, grad_y, x, grad_weight):
-        return False
+    def weight_grad(self, grad_y, x):
+        return None
 
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):
         y = F.conv2d(x, pattern.scatter(values), bias, *geometry)

@@ -11,6 +11,7 @@ from torch import nn
 
 from sparsebreg import _extension, regularizers
 from sparsebreg.errors import check_choice, check_real, expected
+from sparsebreg.gradient import PendingGrad, resolve
 from sparsebreg.pattern import SparsePattern
 from sparsebreg.regularizers import NoReg, Regularizer
 
@@ -210,7 +211,7 @@ class BregmanOptimizer(torch.optim.Optimizer):
             {k: s.clone() for k, s in state.items() if _moves(s, p)} if "active" in state else {}
             for p, state in zip(params, states, strict=True)
         ]
-        grads = [p.grad for p in params]
+        grads = [resolve(p.grad) for p in params]
         if group["maximize"]:
             grads = torch._foreach_neg(grads)
         if group["weight_decay"] and not group.get("decoupled_weight_decay"):
@@ -276,7 +277,7 @@ def flush(tensors: Iterable[torch.Tensor]) -> None:
 def shared(p: torch.Tensor, tensors: Iterable[torch.Tensor | None]) -> list[Any] | None:
     """These tensors of the parameter's shape as the extension takes them, element by element in one order.
 
-    None stays None; None for all where native code cannot go through them so.
+    None stays None; None for all where native code cannot go through them so. A gradient may be pending.
     """
     found = list(tensors)
     contiguous = True
@@ -291,8 +292,16 @@ def shared(p: torch.Tensor, tensors: Iterable[torch.Tensor | None]) -> list[Any]
         dense = torch.ops.aten.is_non_overlapping_and_dense(p)
         if not dense or any(t is not None and t.stride() != p.stride() for t in found):
             return None
-        found = [None if t is None else t.detach().as_strided((t.numel(),), (1,)) for t in found]
-    return found if _extension.TENSORS else [None if t is None else t.detach().numpy() for t in found]
+        found = [None if t is None else resolve(t).detach().as_strided((t.numel(),), (1,)) for t in found]
+    return [_crossing(t) for t in found]
+
+
+def _crossing(t: torch.Tensor | None) -> Any:
+    if type(t) is PendingGrad:
+        if t.factors is not None:
+            return t.factors
+        t = t.dense
+    return t if t is None or _extension.TENSORS else t.detach().numpy()
 
 
 def _batches(params: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

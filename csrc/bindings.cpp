@@ -215,8 +215,9 @@ void linear_forward(const NativeIndex& pattern, int64_t N, const Array& x, int x
 // The gradient of a linear layer's weight in factors; see kernels/weight_grad.h. It has copies of all it needs.
 class NativeGrad {
  public:
-  // None where a dense product is as fast: the lists have to be made, and x to be copied.
-  static py::object of(int64_t N, int64_t rows, int64_t cols, const Array& grad_y, const Array& x, int threads) {
+  // None where grad_y has no entries, or more than the part `most` of them are not zero.
+  static py::object of(int64_t N, int64_t rows, int64_t cols, const Array& grad_y, const Array& x, double most,
+                       int threads) {
     check_batch(N);
     std::unique_ptr<NativeGrad> made;
     for_dtype(grad_y, [&](auto zero) {
@@ -227,7 +228,7 @@ class NativeGrad {
       const int t = team(threads, double(size) * double(cols));
       py::gil_scoped_release nogil;
       const int64_t nonzeros = kernels_of<T>().count_nonzeros(g, size, t);
-      if (size == 0 || cols == 0 || double(nonzeros) > 0.6 * double(size)) return;
+      if (size == 0 || cols == 0 || double(nonzeros) > most * double(size)) return;
       made.reset(new NativeGrad);
       const int64_t blocks = (N + GRAD_SAMPLES - 1) / GRAD_SAMPLES, lists = blocks * rows;
       const int64_t strips = (cols + GRAD_STRIP - 1) / GRAD_STRIP;
@@ -253,7 +254,10 @@ class NativeGrad {
   // Raises unless it is of type T and has `size` entries.
   template <class T>
   GradFactors<T> factors(int64_t size) const {
-    if (itemsize_ != sizeof(T)) throw py::type_error("g: expected the dtype of p, got another");
+    if (itemsize_ != sizeof(T)) {
+      const std::string names[] = {"float32", "float64"};
+      throw py::type_error("g: expected dtype " + names[sizeof(T) == 8] + ", got " + names[itemsize_ == 8]);
+    }
     const auto& f = factors_;
     if (f.rows * f.cols != size) refuse("g", std::to_string(size) + " elements", std::to_string(f.rows * f.cols));
     return {f.N,

@@ -43,7 +43,7 @@ CALLS = {
         {"grad_x", "grad_values", "grad_bias"},
     ),
     "weight_grad": (
-        lambda a, t: C.weight_grad(5, 4, 6, a["grad_y"], a["x"], a["grad_weight"], t),
+        lambda a, t: C.weight_grad(C.Gradient.of(5, 4, 6, a["grad_y"], a["x"], 1.0, t), a["grad_weight"], t),
         arrays(grad_y=(5, 4), x=(5, 6), grad_weight=(4, 6)),
         {"grad_weight"},
     ),

@@ -645,8 +645,9 @@ void test_subnormal_state() {
       kernels<T>().proxsgd_step(a);
       is(m, next, "proxsgd_step");
       m = more;
-      kernels<T>().adabreg_step(AdaStepArgs<T>{n, p.data(), g.data(), nullptr, v.data(), m.data(), s.data(), nullptr, 0.1, 0.75,
-                                               0.75, 1e-8, 1, 1, 1, 0.1, 0, 1, false, threads});
+      kernels<T>().adabreg_step(AdaStepArgs<T>{n,       p.data(), g.data(), nullptr, v.data(), m.data(), s.data(),
+                                               nullptr, 0.1,      0.75,     0.75,    1e-8,     1,        1,
+                                               1,       0.1,      0,        1,       false,    threads});
       is(m, next, "adabreg_step, mean");
       is(s, tiny, "adabreg_step, square");
     }

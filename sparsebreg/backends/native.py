@@ -12,6 +12,9 @@ from sparsebreg.errors import BackendError
 from sparsebreg.gradient import PendingGrad
 from sparsebreg.lanes import LANES, LaneTensor
 
+#: Of grad_y. With more of them a dense product makes the gradient of a linear layer's weight as fast.
+MOST_NONZEROS = 0.6
+
 
 def _layout(t: torch.Tensor) -> Layout:
     if type(t) is LaneTensor:
@@ -110,7 +113,9 @@ class NativeBackend:
 
     def weight_grad(self, grad_y, x):
         n, rows = grad_y.shape
-        factors = self.C.Gradient.of(n, rows, x.shape[1], _memory(grad_y), _memory(x), torch.get_num_threads())
+        factors = self.C.Gradient.of(
+            n, rows, x.shape[1], _memory(grad_y), _memory(x), MOST_NONZEROS, torch.get_num_threads()
+        )
         return None if factors is None else PendingGrad.of(factors, (rows, x.shape[1]), x.dtype)
 
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):

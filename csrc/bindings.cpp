@@ -276,6 +276,18 @@ class NativeGrad {
   GradFactors<char> factors_{};  // of numbers of itemsize_ bytes
 };
 
+int64_t count_nonzeros(const Array& x, int threads) {
+  int64_t count = 0;
+  for_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const T* data = in<T>("x", x, x.size);
+    const int t = team(threads, double(x.size));
+    py::gil_scoped_release nogil;
+    count = kernels_of<T>().count_nonzeros(data, x.size, t);
+  });
+  return count;
+}
+
 void weight_grad(const NativeGrad& grad, const Array& grad_weight, int threads) {
   for_dtype(grad_weight, [&](auto zero) {
     using T = decltype(zero);
@@ -832,6 +844,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_forward", &linear_forward);
   m.def("linear_backward", &linear_backward);
   py::class_<NativeGrad>(m, "Gradient").def_static("of", &NativeGrad::of);
+  m.def("count_nonzeros", &count_nonzeros);
   m.def("weight_grad", &weight_grad);
   m.def("conv2d_forward", &conv2d_forward);
   m.def("conv2d_backward", &conv2d_backward);

@@ -26,10 +26,12 @@ def _int32(name: str, t: Any, size: int) -> torch.Tensor:
 
 
 def count_nonzero(weight: torch.Tensor) -> int:
-    """How many entries are not zero; on the CPU in a fifth of the time of ``torch.count_nonzero``."""
+    """How many entries are not zero; on the CPU in a fifth of the time of ``torch.count_nonzero``, or less."""
     weight = weight.detach()
     if not weight.is_cpu or weight.dtype not in (torch.float32, torch.float64, torch.bool):
         return int(weight.count_nonzero())
+    if (C := native()) is not None and weight.is_contiguous() and weight.dtype is not torch.bool:
+        return C.count_nonzeros(weight.numpy(), torch.get_num_threads())
     return int(np.count_nonzero(weight.numpy() != 0))
 
 

@@ -275,6 +275,19 @@ def test_tensors(name, array):
             call({**tensors, array: elsewhere}, 1)
 
 
+def test_count_nonzeros():
+    x = np.array([[0, 1, np.nan], [-0.0, 0, 2]])
+    assert C.count_nonzeros(x, 2) == C.count_nonzeros(x.astype(np.float32), 1) == 3
+    assert C.count_nonzeros(x[:0], 1) == 0
+    assert C.count_nonzeros(np.ones(100_003), 2) == 100_003
+    with pytest.raises(ValueError, match="x: expected a C-contiguous array, got a strided one"):
+        C.count_nonzeros(x.T, 1)
+    with pytest.raises(TypeError, match="expected dtype float32 or float64, got int32"):
+        C.count_nonzeros(x.astype(np.int32), 1)
+    with pytest.raises(ValueError, match="threads: expected at least 1, got 0"):
+        C.count_nonzeros(x, 0)
+
+
 @pytest.mark.parametrize("wrong", [3, "x", [1.0], np.zeros((4, 6), ">f4"), np.zeros((4, 6), object)])
 def test_no_array(wrong):
     with pytest.raises(TypeError):

@@ -42,12 +42,13 @@ SB_INLINE T either(bool condition, T yes, T no) {
   return result;
 }
 
-// z shrunk by threshold; NaN stays. Minimum and maximum are what every instruction set has.
+// z shrunk by threshold; NaN stays. Minimum and maximum are what every instruction set has. What sleeps is exactly
+// zero, also where z is a product that a compiler makes part of the difference, whose rounding would be left.
 template <class T>
 SB_INLINE T shrunk(T z, T threshold) {
   T part = threshold < z ? threshold : z;
   part = -threshold > part ? -threshold : part;
-  return z - part;
+  return either(part == z, T(0), z - part);
 }
 
 // Zero for subnormal numbers, with which CPUs are a hundred times slower: where gradients stay away, as behind units

@@ -517,6 +517,9 @@ void test_linbreg_step() {
                                                            decay, sign, threads});
                      compare("p", pb, p);
                      compare("v", vb, v);
+                     for (size_t i = 0; i < p.size(); ++i)
+                       if (std::abs(v[i]) < 0.99 * lam && p[i] == 0 && pb.data[i] != T(0))
+                         return fail("a sleeping weight is not exactly zero");
                      if (momentum) compare("m", mb, m);
                    });
       }

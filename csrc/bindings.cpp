@@ -215,7 +215,7 @@ void linear_forward(const NativeIndex& pattern, int64_t N, const Array& x, int x
 // The gradient of a linear layer's weight in factors; see kernels/weight_grad.h. It has copies of all it needs.
 class NativeGrad {
  public:
-  // None where grad_y has no entries, or more than the part `most` of them are not zero.
+  // None where the gradient or grad_y has no entries, or more than the part `most` of grad_y's are not zero.
   static py::object of(int64_t N, int64_t rows, int64_t cols, const Array& grad_y, const Array& x, double most,
                        int threads) {
     check_batch(N);
@@ -550,7 +550,9 @@ void take_gradient(Args& a, const Gradient& g, GradFactors<T>& room, int threads
     a.g = in<T>("g", *given, a.n);
     a.threads = team(threads, double(a.n));
   } else {
-    room = std::get<const NativeGrad*>(g)->factors<T>(a.n);
+    const NativeGrad* factors = std::get<const NativeGrad*>(g);
+    if (!factors) throw py::type_error("g: expected an array or a Gradient, got None");
+    room = factors->factors<T>(a.n);
     a.factors = &room;
     a.threads = team(threads, double(a.n) * double(room.N));
   }

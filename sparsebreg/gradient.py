@@ -6,6 +6,7 @@ optimizers of this package do: the gradient is then neither written to memory no
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -19,19 +20,26 @@ __all__ = ["PendingGrad", "resolve"]
 aten = torch.ops.aten
 
 
+_computing = threading.Lock()
+
+
 class _Cell:
     """What a pending gradient shares with its aliases: the factors, until the product is made of them."""
 
     __slots__ = ("dense", "factors")
 
-    def __init__(self, factors: Any) -> None:
-        self.factors, self.dense = factors, None
+    def __init__(self, factors: Any, dense: torch.Tensor | None = None) -> None:
+        self.factors, self.dense = factors, dense
 
 
 class PendingGrad(torch.Tensor):
-    """A gradient that is computed when an operation asks for it; from then on an ordinary tensor in all but its type.
+    """A gradient that is computed when an operation asks for it.
 
-    Its factors are copies: what happens to the layer's input afterwards does not reach it.
+    Its factors are copies: what happens to the layer's input afterwards does not reach it. What the input holds where
+    grad_y is zero is not looked at: NaN or an infinity there does not make the gradient NaN, as a dense product does.
+
+    Torch's operations and Python's protocols see the numbers. C++ code that takes the data pointer by itself needs
+    ``resolve(p.grad)``, and so does an assignment of it to the ``data`` of an ordinary tensor.
     """
 
     _cell: _Cell
@@ -58,12 +66,21 @@ class PendingGrad(torch.Tensor):
     def dense(self) -> torch.Tensor:
         """The gradient as an ordinary tensor; writing to it writes to the gradient."""
         cell = self._cell
-        factors = cell.factors  # read first: another thread may be done at any time
-        if cell.dense is None:
-            grad = memory.empty(tuple(self.shape), self.dtype)
-            native().weight_grad(factors, grad.numpy(), torch.get_num_threads())
-            cell.dense, cell.factors = grad, None
+        with _computing:
+            if cell.dense is None:
+                grad = memory.empty(tuple(self.shape), self.dtype)
+                native().weight_grad(cell.factors, grad.numpy(), torch.get_num_threads())
+                cell.dense, cell.factors = grad, None
         return cell.dense
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:  # as `module.double()` does with gradients
+        torch.Tensor.data.__set__(self, value)
+        self._cell = _Cell(None, resolve(value).detach())
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -82,18 +99,20 @@ class PendingGrad(torch.Tensor):
     def __repr__(self, *, tensor_contents=None) -> str:
         return f"PendingGrad({self.dense!r})"
 
-    def numpy(self, *, force: bool = False):
-        return self.dense.numpy(force=force)
-
-    def tolist(self):
-        return self.dense.tolist()
-
     def __reduce_ex__(self, proto):
         return self.dense.__reduce_ex__(proto)
 
     def __deepcopy__(self, memo):
         memo[id(self)] = copy = self.dense.clone()
         return copy
+
+
+# What reaches for the memory goes to that of the computed gradient.
+for _name in (
+    "numpy", "tolist", "data_ptr", "untyped_storage", "storage", "_typed_storage", "share_memory_", "is_shared",
+    "apply_", "map_", "__dlpack__",
+):  # fmt: skip
+    setattr(PendingGrad, _name, lambda self, *args, _name=_name, **kwargs: getattr(self.dense, _name)(*args, **kwargs))
 
 
 def resolve(grad: torch.Tensor) -> torch.Tensor:

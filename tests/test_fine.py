@@ -58,7 +58,7 @@ def test_full_gradients_of_linear_layers(engine, n, after, dtype):
     cycle(model)
     x = torch.randn(n, 70, dtype=dtype)
     got = gradients(model, x)
-    few = engine[0] == "native" and isinstance(after, nn.ReLU)
+    few = engine[0] == "native" and isinstance(after, nn.ReLU) and n < 300  # of many samples, factors are too large
     assert [type(m.weight.grad) for m in (model[0], model[2])] == [PendingGrad if few else torch.Tensor, torch.Tensor]
     tol = 1e-10 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close([resolve(g) for g in got], gradients(dense, x), rtol=tol, atol=tol)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import sparsebreg as sb
 from sparsebreg import _extension
+from sparsebreg.functional import sparse_linear
 from sparsebreg.gradient import PendingGrad, resolve
 
 if (C := _extension.native()) is None:
@@ -194,6 +195,72 @@ def test_operations():
         assert torch.equal(made, other.dense)
 
 
+def test_its_memory_is_that_of_the_computed_gradient():
+    model, _, _, (wanted, second) = twins()
+    grad, other = (model[i].weight.grad for i in (0, 2))
+    close(torch.from_dlpack(grad), wanted)
+    assert grad.data_ptr() == grad.dense.data_ptr() != 0
+    assert grad.untyped_storage().nbytes() >= wanted.untyped_storage().nbytes()
+    other.apply_(lambda v: 2 * v)
+    close(other, 2 * second)
+    model.share_memory()
+    assert other.is_shared()
+    close(other, 2 * second)
+
+
+def test_data():
+    model, ml, _, (wanted, _) = twins()
+    grad = model[0].weight.grad
+    grad.data.mul_(2)
+    close(grad, 2 * wanted)
+    grad.data = torch.ones_like(wanted)
+    assert torch.equal(grad + 0, torch.ones_like(wanted))
+    assert grad.factors is None
+    ml.step()
+
+
+def test_a_model_changes_its_dtype_with_its_gradients():
+    model, ml, (x, y), (wanted, _) = twins()
+    model.double()
+    assert (model[0].weight.grad + 0).dtype is torch.float64
+    torch.testing.assert_close(resolve(model[0].weight.grad), wanted.double(), rtol=1e-4, atol=1e-6)
+    backward(model, x.double(), y)
+    torch.testing.assert_close(resolve(model[0].weight.grad), 2 * wanted.double(), rtol=1e-4, atol=1e-6)
+    ml.step()
+
+
+def test_factors_that_are_larger_than_the_gradient_do_not_wait():
+    model = make()
+    dense = copy.deepcopy(model)
+    fine(model)
+    data = batch(n=300)
+    backward(model, *data)
+    backward(dense, *data)
+    assert type(model[0].weight.grad) is torch.Tensor
+    close(model[0].weight.grad, dense[0].weight.grad)
+
+
+def test_it_may_come_back_as_the_gradient_of_an_output():
+    inner, outer = (sb.SparsePattern.from_mask(torch.rand(*s) < 0.3) for s in ((60, 50), (70, 60)))
+    x, a, results = torch.randn(40, 60), torch.randn(70, 50), []
+    values = torch.randn(inner.nnz)
+    for backend in ("native", "reference"):
+        v = values.clone().requires_grad_()
+        with sb.use_backend(backend):
+            weight = sparse_linear(a, inner, v)
+            y = sparse_linear(x, outer, outer.gather(weight), None, weight)
+        y.relu().sum().backward()
+        results.append(v.grad)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_negative_views():
+    w = nn.Parameter(torch.zeros(4, 6))
+    w.grad = torch._neg_view(torch.ones(4, 6))
+    sb.LinBreg([w], lr=1.0).step()
+    assert torch.equal(w.detach(), torch.ones(4, 6))
+
+
 def test_autograd_grad():
     model, data = make(torch.float64), batch(torch.float64)
     dense = copy.deepcopy(model)
@@ -211,6 +278,8 @@ def test_the_extension_refuses_what_does_not_fit():
     C.linbreg_step(p, factors, v, None, None, 0.1, 0.0, 1.0, 0.1, 0.0, False, 1)
     with pytest.raises(ValueError, match="g: expected 23 elements, got 24"):
         C.linbreg_step(p[1:], factors, v[1:], None, None, 0.1, 0.0, 1.0, 0.1, 0.0, False, 1)
+    with pytest.raises(TypeError, match="g: expected an array or a Gradient, got None"):
+        C.linbreg_step(p, None, v, None, None, 0.1, 0.0, 1.0, 0.1, 0.0, False, 1)
     with pytest.raises(TypeError, match="g: expected dtype float64, got float32"):
         C.linbreg_step(p.double(), factors, v.double(), None, None, 0.1, 0.0, 1.0, 0.1, 0.0, False, 1)
     with pytest.raises(ValueError, match="grad_y: expected 40 elements, got 32"):

@@ -4,7 +4,7 @@ template <class A>
 using Gradient = decltype(A::g);
 
 // Calls masked or plain(a, gradient of the first weight, begin, count) piece by piece: a piece of all arrays fits into
-// a second-level cache.
+// a second-level cache. Of a gradient in factors some rows are made first, in scratch.
 template <class A>
 void in_pieces(const A& a, void (*masked)(const A&, Gradient<A>, int64_t, int64_t),
                void (*plain)(const A&, Gradient<A>, int64_t, int64_t)) {
@@ -42,8 +42,9 @@ SB_INLINE T either(bool condition, T yes, T no) {
   return result;
 }
 
-// z shrunk by threshold; NaN stays. Minimum and maximum are what every instruction set has. What sleeps is exactly
-// zero, also where z is a product that a compiler makes part of the difference, whose rounding would be left.
+// z shrunk by threshold. The comparisons are false for NaN, which so stays; they are a minimum and a maximum to every
+// instruction set. What sleeps is exactly zero, also where z is a product that a compiler makes part of the difference,
+// whose rounding would be left.
 template <class T>
 SB_INLINE T shrunk(T z, T threshold) {
   T part = threshold < z ? threshold : z;

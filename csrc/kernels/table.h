@@ -47,8 +47,8 @@ struct LinearArgs {
   int threads;
 };
 
-constexpr int GRAD_STRIP = 64;    // columns
-constexpr int GRAD_SAMPLES = 64;  // with a strip of them 16 KB of floats
+constexpr int GRAD_STRIP = 64;    // columns of a strip
+constexpr int GRAD_SAMPLES = 64;  // samples of a block; a strip of so many floats has 16 KB
 
 // The gradient of a linear layer's weight as the product that it is, grad_yᵀ x (rows x cols): the nonzeros of grad_y,
 // and x in strips of columns. See weight_grad.h.
@@ -58,7 +58,7 @@ struct GradFactors {
   const T* strips;       // [ceil(cols / GRAD_STRIP)][N][GRAD_STRIP], zero beyond cols
   const int32_t* count;  // [ceil(N / GRAD_SAMPLES)][rows]: nonzeros of a row in a block of samples
   const int32_t* place;  // [blocks][rows][GRAD_SAMPLES]: their samples inside of the block, times GRAD_STRIP
-  const T* value;        // the same
+  const T* value;        // [blocks][rows][GRAD_SAMPLES]: the nonzeros; of both, only the first `count` are defined
 };
 
 // From grad_y (N, rows) and x (N, cols), row-major, to the arrays of GradFactors.

@@ -248,7 +248,7 @@ void gather_tile_only(const GatherTile<T>& t) {
             for (int j = 0; j < TC; ++j) acc[chain][h][i][j] += v * load(p + i * t.src_row + j * LANES + h * n);
       };
       int32_t k = k0;
-      for (; CHAINS > 1 && k + CHAINS <= k1; k += CHAINS)
+      for (; CHAINS > 1 && k1 - k >= CHAINS; k += CHAINS)
         for (int u = 0; u < CHAINS; ++u) add(k + u, u);
       for (; k < k1; ++k) add(k, 0);
       for (int h = 0; h < P; ++h) {

@@ -2,8 +2,9 @@
 // Included inside an instruction set's namespace; no include guard.
 //
 // A row of the gradient is a sum of samples of x, and only of those that the row's output passed a gradient to. The
-// sums of a row and a strip of columns stay in registers while these samples pass by; the strip of x stays in the
-// first-level cache while some rows do. A nonzero costs as much as an entry costs a dense product, or little more.
+// sums of a row and a strip of columns stay in registers while these samples pass by, and the strip of x stays in the
+// first-level cache while some rows pass by. A nonzero takes about as long as any entry takes in a dense product. What
+// x holds where grad_y is zero is not looked at, NaN and infinities neither.
 //
 // Who wants the gradient to move the weights by it takes it from product_rows, some rows at a time, while they are in
 // the second-level cache: it is neither written to memory nor read from there.

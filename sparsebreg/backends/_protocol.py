@@ -69,7 +69,7 @@ class Backend(Protocol):
     ) -> Grads: ...
 
     def weight_grad(self, grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
-        """``grad_yᵀ x`` where that is faster than torch makes it, else None; neither is a lane tensor."""
+        """``grad_yᵀ x``, maybe pending, where that is faster than torch makes it; else None. Plain tensors both."""
         ...
 
     def conv2d_forward(

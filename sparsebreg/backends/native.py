@@ -9,11 +9,14 @@ import torch
 from sparsebreg import _extension, lanes, memory
 from sparsebreg.backends._protocol import Geometry, Layout
 from sparsebreg.errors import BackendError
-from sparsebreg.gradient import PendingGrad
+from sparsebreg.gradient import PendingGrad, resolve
 from sparsebreg.lanes import LANES, LaneTensor
 
-#: Of grad_y. With more of them a dense product makes the gradient of a linear layer's weight as fast.
+#: The part of grad_y that may be nonzero for its lists to make the full gradient faster than a dense product does.
 MOST_NONZEROS = 0.6
+
+#: How much larger than the gradient its factors may be while they wait.
+MOST_ROOM = 2
 
 
 def _layout(t: torch.Tensor) -> Layout:
@@ -26,6 +29,7 @@ def _memory(t: torch.Tensor | None, layout: Layout = Layout.PLAIN):
     """t as the extension takes it; None stays None."""
     if t is None:
         return None
+    t = resolve(t)
     if layout is Layout.LANES:
         t = t.packed
     elif t.is_neg():  # torch negates such a tensor when it reads it
@@ -116,7 +120,11 @@ class NativeBackend:
         factors = self.C.Gradient.of(
             n, rows, x.shape[1], _memory(grad_y), _memory(x), MOST_NONZEROS, torch.get_num_threads()
         )
-        return None if factors is None else PendingGrad.of(factors, (rows, x.shape[1]), x.dtype)
+        if factors is None:
+            return None
+        grad, size = PendingGrad.of(factors, (rows, x.shape[1]), x.dtype), x.element_size()
+        room = n * (rows * (4 + size) + x.shape[1] * size)  # about, of many samples
+        return grad if room <= MOST_ROOM * grad.numel() * size else grad.dense
 
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):
         x_layout = _layout(x)

@@ -284,7 +284,7 @@ def shared(p: torch.Tensor, tensors: Iterable[torch.Tensor | None]) -> list[Any]
     for t in found:
         if t is None:
             continue
-        if not t.is_cpu or t.dtype not in (p.dtype, torch.bool):
+        if not t.is_cpu or t.dtype not in (p.dtype, torch.bool) or t.is_neg():
             return None
         contiguous = contiguous and t.is_contiguous()
     if not contiguous:
@@ -298,8 +298,8 @@ def shared(p: torch.Tensor, tensors: Iterable[torch.Tensor | None]) -> list[Any]
 
 def _crossing(t: torch.Tensor | None) -> Any:
     if type(t) is PendingGrad:
-        if t.factors is not None:
-            return t.factors
+        if (factors := t.factors) is not None:
+            return factors
         t = t.dense
     return t if t is None or _extension.TENSORS else t.detach().numpy()
 

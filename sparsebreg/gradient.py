@@ -20,7 +20,7 @@ __all__ = ["PendingGrad", "resolve"]
 aten = torch.ops.aten
 
 
-_computing = threading.Lock()
+_computing = threading.RLock()  # a finaliser may ask, too
 
 
 class _Cell:

@@ -232,13 +232,21 @@ class NativeGrad {
       made.reset(new NativeGrad);
       const int64_t blocks = (N + GRAD_SAMPLES - 1) / GRAD_SAMPLES, lists = blocks * rows;
       const int64_t strips = (cols + GRAD_STRIP - 1) / GRAD_STRIP;
-      made->places_ = PoolArray<int32_t>(size_t(lists * (GRAD_SAMPLES + 1)));
+      made->counts_ = PoolArray<int32_t>(size_t(lists));
+      made->places_ = PoolArray<uint16_t>(size_t(lists * GRAD_SAMPLES));
       made->numbers_ = PoolArray<char>(size_t(lists * GRAD_SAMPLES + strips * N * GRAD_STRIP) * sizeof(T));
       made->itemsize_ = sizeof(T);
       T* value = reinterpret_cast<T*>(made->numbers_.data());
-      int32_t* place = made->places_.data();
-      const FactorArgs<T> a{N,     rows,  cols, g, from, value + lists * GRAD_SAMPLES, place + lists * GRAD_SAMPLES,
-                            place, value, t};
+      const FactorArgs<T> a{N,
+                            rows,
+                            cols,
+                            g,
+                            from,
+                            value + lists * GRAD_SAMPLES,
+                            made->counts_.data(),
+                            made->places_.data(),
+                            value,
+                            t};
       kernels_of<T>().factor_grad(a);
       made->factors_ = GradFactors<char>{N,
                                          rows,
@@ -270,7 +278,8 @@ class NativeGrad {
   }
 
  private:
-  PoolArray<int32_t> places_;
+  PoolArray<int32_t> counts_;
+  PoolArray<uint16_t> places_;
   PoolArray<char> numbers_;
   size_t itemsize_ = 0;
   GradFactors<char> factors_{};  // of numbers of itemsize_ bytes
@@ -758,46 +767,35 @@ void norm_unpack(int64_t N, int64_t C, int64_t P, const Array& x, const MaybeNor
 }
 
 template <class T>
-const Marks<T>& marks_of() {
+MarkNonzeros<T> mark_of() {
   if constexpr (sizeof(T) == 1)
-    return active_table().mask;
+    return active_table().mark_mask;
   else
-    return kernels_of<T>().marks;
+    return kernels_of<T>().mark_nonzeros;
 }
 
 template <class T>
-py::object index_of(const T* dense, int64_t rows, int64_t cols, const py::object& known, int64_t most, int threads) {
+py::object index_of(const T* dense, int64_t rows, int64_t cols, int64_t most, int threads) {
   const int t = team(threads, double(rows) * double(cols));
-  const NativeIndex* old = known.is_none() ? nullptr : &known.cast<const NativeIndex&>();
-  if (old && (old->index.rows != rows || old->index.cols != cols))
-    refuse("known", "a pattern of the same size",
-           std::to_string(old->index.rows) + " x " + std::to_string(old->index.cols));
   std::unique_ptr<NativeIndex> made;
-  bool too_many = false;
   {
     py::gil_scoped_release nogil;
-    const bool inside = old && marks_of<T>().covered(dense, rows, cols, old->marks(t), t);
-    if (!inside || old->index.nnz > most) {
-      std::vector<int32_t> rowptr(size_t(rows + 1));
-      PoolArray<uint64_t> marks(size_t(rows * row_words(cols)));
-      const int64_t nnz = marks_of<T>().mark(dense, rows, cols, marks.data(), rowptr.data(), t);
-      if (nnz < 0) refuse("mask", "at most 2147483647 nonzeros", "more");
-      too_many = nnz > most;
-      if (!too_many && !inside) made = std::make_unique<NativeIndex>(rows, cols, nnz, std::move(marks), rowptr, t);
-    }
+    std::vector<int32_t> rowptr(size_t(rows + 1));
+    PoolArray<uint64_t> marks(size_t(rows * row_words(cols)));
+    const int64_t nnz = mark_of<T>()(dense, rows, cols, marks.data(), rowptr.data(), t);
+    if (nnz < 0) refuse("mask", "at most 2147483647 nonzeros", "more");
+    if (nnz <= most) made = std::make_unique<NativeIndex>(rows, cols, nnz, std::move(marks), rowptr, t);
   }
-  if (too_many) return py::none();
-  return made ? py::cast(std::move(made)) : known;
+  return made ? py::cast(std::move(made)) : py::none();
 }
 
-// The index of the nonzeros of a float32, float64 or boolean matrix: `known`, an index or None, where they lie inside
-// of it; None where there are more than `most`.
-py::object index_of_nonzeros(const Array& dense, const py::object& known, int64_t most, int threads) {
+// The index of the nonzeros of a float32, float64 or boolean matrix; None where there are more than `most`.
+py::object index_of_nonzeros(const Array& dense, int64_t most, int threads) {
   if (dense.ndim != 2) refuse("dense", "two dimensions", std::to_string(dense.ndim));
   if (most < 0) refuse("most", "at least 0", std::to_string(most));
   const int64_t rows = dense.shape[0], cols = dense.shape[1], size = dense.size;
   check_shape("dense", rows, cols);
-  const auto make = [&](const auto* data) { return index_of(data, rows, cols, known, most, threads); };
+  const auto make = [&](const auto* data) { return index_of(data, rows, cols, most, threads); };
   if (dense.is<float>()) return make(in<float>("dense", dense, size));
   if (dense.is<double>()) return make(in<double>("dense", dense, size));
   return make(reinterpret_cast<const uint8_t*>(in<bool>("dense", dense, size)));
@@ -813,6 +811,21 @@ void gather_values(const NativeIndex& pattern, const Array& dense, const Array& 
     py::gil_scoped_release nogil;
     gather<T>(d, ix.rows, ix.cols, ix.rowptr, ix.col, v, t);
   });
+}
+
+// Whether all nonzeros are inside the pattern; values are undefined if not.
+bool gather_all_values(const NativeIndex& pattern, const Array& dense, const Array& values, int threads) {
+  bool all = false;
+  for_dtype(dense, [&](auto zero) {
+    using T = decltype(zero);
+    const Index& ix = pattern.index;
+    const T* d = in<T>("dense", dense, ix.rows * ix.cols);
+    T* v = out<T>("values", values, ix.nnz);
+    const int t = team(threads, double(ix.rows) * double(ix.cols));
+    py::gil_scoped_release nogil;
+    all = kernels_of<T>().gather_all(d, ix, pattern.marks(t), v, t);
+  });
+  return all;
 }
 
 void scatter_values(const NativeIndex& pattern, const Array& values, const Array& dense, int threads) {
@@ -862,6 +875,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_grad", &norm_grad);
   m.def("norm_unpack", &norm_unpack);
   m.def("gather", &gather_values);
+  m.def("gather_all", &gather_all_values);
   m.def("scatter", &scatter_values);
   m.def("pool_empty", &pool_empty);
   m.def("pool_limit", &pool_limit);

@@ -240,7 +240,7 @@ class Multilevel:
             near = self.optimizer.weaker(module.weight, _SLACK)
             if near is not None:
                 most = int(module._max_density * near.numel())
-                module._pattern = SparsePattern.covering(near, None, most) or pattern
+                module._pattern = SparsePattern.of_at_most(near, most) or pattern
             self._wide[name] = module._pattern
 
     def _carry_out(self, plan: Plan) -> None:

@@ -266,7 +266,10 @@ class _Fine:
     def _active(self) -> torch.Tensor | None:
         """Values on an up-to-date ``_pattern``; None where the layer is not sparse enough."""
         weight = self.weight.detach().contiguous()
-        self._pattern = SparsePattern.covering(weight, self._pattern, int(self._max_density * weight.numel()))
+        known, most = self._pattern, int(self._max_density * weight.numel())
+        if known is not None and known.nnz <= most and (values := known.gather_all(weight)) is not None:
+            return values
+        self._pattern = SparsePattern.of_at_most(weight, most)
         return None if self._pattern is None else self._pattern.gather(weight)
 
 

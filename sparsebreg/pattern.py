@@ -146,35 +146,25 @@ class SparsePattern:
 
     @classmethod
     def _of_nonzeros(cls, dense: torch.Tensor) -> SparsePattern:
-        return cls.covering(dense, None, sys.maxsize)  # type: ignore[return-value]  # with no bound there is one
+        return cls.of_at_most(dense, sys.maxsize)  # type: ignore[return-value]  # with no bound there is one
 
     @classmethod
-    def covering(cls, dense: torch.Tensor, known: SparsePattern | None, most: int) -> SparsePattern | None:
-        """A pattern that has all nonzeros of ``dense``: ``known`` where it has them, or that of the nonzeros.
-
-        Args:
-            dense: float32, float64 or boolean, two dimensions or more.
-            known: a pattern of its shape, or None.
-            most: with more nonzeros than this the answer is None.
+    def of_at_most(cls, dense: torch.Tensor, most: int) -> SparsePattern | None:
+        """The pattern of the nonzeros of ``dense``, float32, float64 or boolean; None where they are more than ``most``.
 
         Raises:
-            ValueError: for more than 2**31 - 1 nonzeros, or a ``known`` of another shape.
+            ValueError: for more than 2**31 - 1 nonzeros.
         """
         shape, rows = tuple(dense.shape), dense.shape[0]
-        if known is not None and known.shape != shape:
-            raise ValueError(expected("known", f"a pattern of shape {shape}", known.shape))
         flat = dense.detach().cpu().reshape(rows, math.prod(shape[1:])).contiguous().numpy()
         if (C := native()) is not None:
-            before = None if known is None else known.native_index()
-            index = C.Index.of_nonzeros(flat, before, most, torch.get_num_threads())
-            return known if index is before else None if index is None else cls._adopt(shape, index)
+            index = C.Index.of_nonzeros(flat, most, torch.get_num_threads())
+            return None if index is None else cls._adopt(shape, index)
         counts = np.count_nonzero(flat, axis=1)
         if counts.sum() > min(most, _INT32_MAX):
             if counts.sum() <= most:
                 raise ValueError(expected("mask", f"at most {_INT32_MAX} nonzeros", counts.sum()))
             return None
-        if known is not None and np.count_nonzero(flat[known.mask().view(flat.shape).numpy()]) == counts.sum():
-            return known
         rowptr = np.zeros(rows + 1, dtype=np.int32)
         np.cumsum(counts, out=rowptr[1:])
         return cls(shape, torch.from_numpy(rowptr), torch.from_numpy(np.nonzero(flat)[1].astype(np.int32)))
@@ -254,14 +244,27 @@ class SparsePattern:
 
     def gather(self, dense: torch.Tensor) -> torch.Tensor:
         """(nnz,) values of a dense tensor of the pattern's shape, at the active places. A copy, without autograd."""
+        dense = self._fitting(dense)
+        if (C := native()) is not None and dense.dtype in (torch.float32, torch.float64):
+            values = memory.empty_array((self.nnz,), dense.dtype)
+            C.gather(self.native_index(), dense.numpy(), values, torch.get_num_threads())
+            return torch.from_numpy(values)
+        return dense.reshape(-1)[self.flat_index()]
+
+    def gather_all(self, dense: torch.Tensor) -> torch.Tensor | None:
+        """As :meth:`gather`; None where ``dense`` has a nonzero outside of the pattern."""
+        dense = self._fitting(dense)
+        if (C := native()) is not None and dense.dtype in (torch.float32, torch.float64):
+            array = memory.empty_array((self.nnz,), dense.dtype)
+            inside = C.gather_all(self.native_index(), dense.numpy(), array, torch.get_num_threads())
+            return torch.from_numpy(array) if inside else None
+        values = self.gather(dense)
+        return values if values.count_nonzero() == dense.count_nonzero() else None
+
+    def _fitting(self, dense: torch.Tensor) -> torch.Tensor:
         if tuple(dense.shape) != self.shape:
             raise ValueError(expected("dense", f"shape {self.shape}", tuple(dense.shape)))
-        dense = dense.detach().contiguous()
-        if (C := native()) is not None and dense.dtype in (torch.float32, torch.float64):
-            values = memory.empty((self.nnz,), dense.dtype)
-            C.gather(self.native_index(), dense.numpy(), values.numpy(), torch.get_num_threads())
-            return values
-        return dense.reshape(-1)[self.flat_index()]
+        return dense.detach().contiguous()
 
     def scatter(self, values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The dense tensor that holds ``values`` at the active places.

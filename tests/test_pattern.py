@@ -105,30 +105,34 @@ def test_from_nonzeros(name, dtype, builder):
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_covering(name, builder):
+def test_of_at_most(name, builder):
     mask = MASKS[name]
-    known = SparsePattern.from_mask(mask)
-    weight = mask.float()
-    places = mask.nonzero()
-    for place in places[:1]:
-        weight[tuple(place)] = 0
-    assert SparsePattern.covering(weight, known, mask.numel()) is known  # one zero more is inside of it
-    made = SparsePattern.covering(weight, None, mask.numel())
-    assert made == SparsePattern.from_mask(weight != 0)
-    if len(places):
-        grown = SparsePattern.covering(mask.float(), made, mask.numel())
-        assert grown is not made
-        assert grown == known
-        for part in ("colptr", "row", "csc_to_csr"):
-            assert torch.equal(getattr(grown, part), getattr(known, part))
-        assert SparsePattern.covering(mask.float(), None, len(places) - 1) is None
-        assert SparsePattern.covering(mask.float(), known, len(places) - 1) is None
-        assert SparsePattern.covering(mask.float(), known, len(places)) is known
+    count = int(mask.sum())
+    assert SparsePattern.of_at_most(mask.float(), count) == SparsePattern.from_mask(mask)
+    if count:
+        assert SparsePattern.of_at_most(mask.float(), count - 1) is None
 
 
-def test_covering_of_another_shape(builder):
-    with pytest.raises(ValueError, match=r"known: expected a pattern of shape \(3, 4\), got \(2, 3\)"):
-        SparsePattern.covering(torch.ones(3, 4), SparsePattern.from_mask(MASKS["some"]), 12)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("name", MASKS)
+def test_gather_all(name, dtype, builder):
+    mask = MASKS[name]
+    pattern = SparsePattern.from_mask(mask)
+    weight = torch.rand(mask.shape).add(1).mul(mask).to(dtype)
+    assert torch.equal(pattern.gather_all(weight), weight[mask])
+    for place in mask.nonzero()[:1]:
+        weight[tuple(place)] = 0  # a zero more is inside of it
+        assert torch.equal(pattern.gather_all(weight), weight[mask])
+    for place in mask.logical_not().nonzero()[-1:]:
+        for one in (1e-7, float("nan")):
+            weight[tuple(place)] = one
+            assert pattern.gather_all(weight) is None
+
+
+@pytest.mark.parametrize("gather", [SparsePattern.gather, SparsePattern.gather_all])
+def test_gather_of_another_shape(gather, builder):
+    with pytest.raises(ValueError, match=r"dense: expected shape \(2, 3\), got \(3, 4\)"):
+        gather(SparsePattern.from_mask(MASKS["some"]), torch.ones(3, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.bool])

@@ -13,7 +13,7 @@ namespace avx2 {
 #include "isa/kernels.inc"
 }  // namespace avx2
 extern const Table avx2_table;
-const Table avx2_table{"avx2", avx2::kernels<float>(), avx2::kernels<double>(), avx2::marks<uint8_t>()};
+const Table avx2_table{"avx2", avx2::kernels<float>(), avx2::kernels<double>(), avx2::mark_nonzeros<uint8_t>};
 }  // namespace sparsebreg
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -13,7 +13,7 @@ namespace avx512 {
 #include "isa/kernels.inc"
 }  // namespace avx512
 extern const Table avx512_table;
-const Table avx512_table{"avx512", avx512::kernels<float>(), avx512::kernels<double>(), avx512::marks<uint8_t>()};
+const Table avx512_table{"avx512", avx512::kernels<float>(), avx512::kernels<double>(), avx512::mark_nonzeros<uint8_t>};
 }  // namespace sparsebreg
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -7,6 +7,6 @@ namespace neon {
 #include "isa/kernels.inc"
 }  // namespace neon
 extern const Table neon_table;
-const Table neon_table{"neon", neon::kernels<float>(), neon::kernels<double>(), neon::marks<uint8_t>()};
+const Table neon_table{"neon", neon::kernels<float>(), neon::kernels<double>(), neon::mark_nonzeros<uint8_t>};
 }  // namespace sparsebreg
 #endif

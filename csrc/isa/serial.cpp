@@ -8,5 +8,5 @@ namespace serial {
 #include "isa/kernels.inc"
 }  // namespace serial
 extern const Table serial_table;
-const Table serial_table{"serial", serial::kernels<float>(), serial::kernels<double>(), serial::marks<uint8_t>()};
+const Table serial_table{"serial", serial::kernels<float>(), serial::kernels<double>(), serial::mark_nonzeros<uint8_t>};
 }  // namespace sparsebreg

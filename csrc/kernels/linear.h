@@ -271,17 +271,14 @@ void narrow_backward(const LinearArgs<T>& a) {
   }
 }
 
+// One direction by itself; lane blocks are shared out, so that what a thread packs stays in its cache.
 template <class T>
-void linear_forward(const LinearArgs<T>& a) {
-  if (a.N == 0) return;
-  if (is_narrow(a, NARROW_FORWARD)) return narrow_forward(a);
-  const LinearPass<T> p = linear_pass(a, true, a.index.row_chunks);
-  const Index& ix = a.index;
-  const Share s = share_out(a.N, p.TL, a.threads, ix.rows, true);
+void linear_direction(const LinearPass<T>& p, const T* src, Layout src_layout, int threads) {
+  const Share s = share_out(p.N, p.TL, threads, p.dst_features, true);
   const int64_t tasks = s.tasks();
-  const TeamScratch<T> sources(slot_source, a.threads, ix.cols * int64_t(s.width) * LANES);
-  const TeamScratch<T> groups(slot_dest, a.threads, run_length(p.chunks) * s.width * LANES);
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  const TeamScratch<T> sources(slot_source, threads, p.src_features * int64_t(s.width) * LANES);
+  const TeamScratch<T> groups(slot_dest, threads, run_length(p.chunks) * s.width * LANES);
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
     T* packed = sources.mine();
     int64_t have = -1;
@@ -289,12 +286,19 @@ void linear_forward(const LinearArgs<T>& a) {
     for (int64_t i = 0; i < tasks; ++i) {
       const int64_t u = i / s.parts, tile = u / s.subs;
       const int q = int(i % s.parts), l0 = int(u % s.subs) * s.width, l1 = least(p.TL, l0 + s.width);
-      if (have != u) pack_features(a.x, a.x_layout, a.N, ix.cols, p.TL, tile, l0, l1, 0, ix.cols, packed);
+      if (have != u) pack_features(src, src_layout, p.N, p.src_features, p.TL, tile, l0, l1, 0, p.src_features, packed);
       have = u;
-      linear_rows(p, packed, tile, l0, l1, linear_part(p.ptr, ix.rows, s.parts, q),
-                  linear_part(p.ptr, ix.rows, s.parts, q + 1), groups.mine());
+      linear_rows(p, packed, tile, l0, l1, linear_part(p.ptr, p.dst_features, s.parts, q),
+                  linear_part(p.ptr, p.dst_features, s.parts, q + 1), groups.mine());
     }
   }
+}
+
+template <class T>
+void linear_forward(const LinearArgs<T>& a) {
+  if (a.N == 0) return;
+  if (is_narrow(a, NARROW_FORWARD)) return narrow_forward(a);
+  linear_direction(linear_pass(a, true, a.index.row_chunks), a.x, a.x_layout, a.threads);
 }
 
 // What a task adds to the gradients of values and bias, for rows r0..r1: the packed tiles are [features][TL][16].
@@ -345,6 +349,32 @@ void sum_copies(const T* sums, int64_t stride, int copies, const int32_t* from, 
   }
 }
 
+// grad_bias = sum_n grad_y[n].
+template <class T>
+void bias_grad(const LinearArgs<T>& a) {
+  const int64_t rows = a.index.rows;
+  constexpr int64_t piece = 64, block = 64;  // sums of sums round less
+  const bool plain = a.y_layout == Layout::plain;
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
+  for (int64_t r0 = 0; r0 < rows; r0 += piece) {
+    const int64_t n = least(piece, rows - r0);
+    T total[piece] = {};
+    for (int64_t i0 = 0; i0 < a.N; i0 += block) {
+      T sums[piece] = {};
+      for (int64_t i = i0; i < least(a.N, i0 + block); ++i) {
+        const T* g = a.grad_y + (plain ? i * rows + r0 : (i / LANES * rows + r0) * LANES + i % LANES);
+        if (plain) {
+          for (int64_t r = 0; r < n; ++r) sums[r] += g[r];
+        } else {
+          for (int64_t r = 0; r < n; ++r) sums[r] += g[r * LANES];
+        }
+      }
+      for (int64_t r = 0; r < n; ++r) total[r] += sums[r];
+    }
+    for (int64_t r = 0; r < n; ++r) a.grad_bias[r0 + r] = total[r];
+  }
+}
+
 // grad_x = grad_y W over the active weights, by columns of W; grad_values[k] = sum_n grad_y[n][row] x[n][col];
 // grad_bias = sum_n grad_y[n].
 template <class T>
@@ -358,13 +388,17 @@ void linear_backward(const LinearArgs<T>& a) {
     return;
   }
   if (is_narrow(a, NARROW)) return narrow_backward(a);
+  if (!a.grad_values) {
+    if (a.grad_x) linear_direction(linear_pass(a, false, ix.col_chunks), a.grad_y, a.y_layout, a.threads);
+    if (a.grad_bias) bias_grad(a);
+    return;
+  }
   // With both gradients, those of values are made where a column's nonzeros pass by for grad_x.
-  const bool together = a.grad_x && a.grad_values, apart = a.grad_values && !together;
-  const LinearPass<T> back = linear_pass(a, false, a.grad_x ? ix.col_chunks : nullptr),
-                      weights = linear_pass(a, true, apart ? ix.row_chunks : nullptr);
+  const bool together = a.grad_x;
+  const LinearPass<T> back = linear_pass(a, false, together ? ix.col_chunks : nullptr),
+                      weights = linear_pass(a, true, together ? nullptr : ix.row_chunks);
   const int TL = back.TL;
   const Share s = share_out(a.N, TL, a.threads, least(ix.rows, ix.cols), false);
-  const bool sums_wanted = a.grad_values || a.grad_bias;
   const int64_t tasks = s.tasks(), length = int64_t(TL) * LANES;
   // Sums over the samples of several units are made apart, unit by unit or thread by thread, whichever are fewer.
   const int copies = int(least<int64_t>(s.units(), a.threads));
@@ -376,12 +410,11 @@ void linear_backward(const LinearArgs<T>& a) {
   const bool short_rows = a.threads > 1 && ix.nnz < two_lines * a.threads * ix.rows;
   const bool by_columns = together && (!ONE_SUM<T> || short_rows);
   const int64_t stride = ix.nnz + ix.rows;
-  T* sums = by_columns || (sums_wanted && copies > 1) ? scratch<T>(slot_sums, stride * copies) : nullptr;
+  T* sums = by_columns || copies > 1 ? scratch<T>(slot_sums, stride * copies) : nullptr;
   const bool start_at_zero = sums && copies > 1;
-  const TeamScratch<T> sources(slot_source, a.threads, apart ? ix.cols * length : 0);
+  const TeamScratch<T> sources(slot_source, a.threads, together ? 0 : ix.cols * length);
   const TeamScratch<T> grads(slot_grad, a.threads, ix.rows * length);
-  const TeamScratch<T> groups(slot_dest, a.threads,
-                              a.grad_x ? (together ? 2 : 1) * run_length(back.chunks) * length : 0);
+  const TeamScratch<T> groups(slot_dest, a.threads, together ? 2 * run_length(back.chunks) * length : 0);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
     T* packed_x = sources.mine();
@@ -398,36 +431,34 @@ void linear_backward(const LinearArgs<T>& a) {
       const int64_t r0 = linear_part(ix.rowptr, ix.rows, s.parts, q),
                     r1 = linear_part(ix.rowptr, ix.rows, s.parts, q + 1);
       // Without grad_x only the part's own rows of grad_y are read.
-      const int64_t f0 = a.grad_x ? 0 : r0, f1 = a.grad_x ? ix.rows : r1;
-      if (have != u || !a.grad_x)
+      const int64_t f0 = together ? 0 : r0, f1 = together ? ix.rows : r1;
+      if (have != u || !together)
         pack_features(a.grad_y, a.y_layout, a.N, ix.rows, TL, u, 0, TL, f0, f1, packed_grad + f0 * length);
-      if (have != u && apart) pack_features(a.x, a.x_layout, a.N, ix.cols, TL, u, 0, TL, 0, ix.cols, packed_x);
+      if (have != u && !together) pack_features(a.x, a.x_layout, a.N, ix.cols, TL, u, 0, TL, 0, ix.cols, packed_x);
       have = u;
       T* mine = sums ? sums + stride * (s.units() <= a.threads ? u : team_member()) : nullptr;
-      T* grad_values = a.grad_values ? mine ? mine : a.grad_values : nullptr;
+      T* grad_values = mine ? mine : a.grad_values;
       T* grad_bias = a.grad_bias ? mine ? mine + ix.nnz : a.grad_bias : nullptr;
       const bool add = start_at_zero || u > 0;
-      if (a.grad_x) {
+      if (together) {
         const Correlation<T> both{a.x, a.x_layout, grad_values, by_columns ? nullptr : ix.csc_to_csr, add};
         linear_rows(back, packed_grad, u, 0, TL, linear_part(ix.colptr, ix.cols, s.parts, q),
-                    linear_part(ix.colptr, ix.cols, s.parts, q + 1), groups.mine(), together ? &both : nullptr);
+                    linear_part(ix.colptr, ix.cols, s.parts, q + 1), groups.mine(), &both);
       }
       if (!add) {
-        for (int64_t k = ix.rowptr[r0]; apart && k < ix.rowptr[r1]; ++k) grad_values[k] = T(0);
+        for (int64_t k = ix.rowptr[r0]; !together && k < ix.rowptr[r1]; ++k) grad_values[k] = T(0);
         for (int64_t r = r0; grad_bias && r < r1; ++r) grad_bias[r] = T(0);
       }
-      if (apart || grad_bias)
-        linear_correlate(weights, packed_x, packed_grad, r0, r1, apart ? grad_values : nullptr, grad_bias);
+      if (!together || grad_bias)
+        linear_correlate(weights, packed_x, packed_grad, r0, r1, together ? nullptr : grad_values, grad_bias);
     }
     if (sums) {
 #pragma omp barrier
-      if (a.grad_values) {
-        const int32_t* from = by_columns ? ix.csr_to_csc : nullptr;
-        const int64_t piece = 1024;
+      const int32_t* from = by_columns ? ix.csr_to_csc : nullptr;
+      const int64_t piece = 1024;
 #pragma omp for schedule(static) nowait
-        for (int64_t k = 0; k < ix.nnz; k += piece)
-          sum_copies(sums, stride, copies, from, k, least(ix.nnz, k + piece), a.grad_values);
-      }
+      for (int64_t k = 0; k < ix.nnz; k += piece)
+        sum_copies(sums, stride, copies, from, k, least(ix.nnz, k + piece), a.grad_values);
 #pragma omp single nowait
       if (a.grad_bias) sum_copies(sums + ix.nnz, stride, copies, nullptr, 0, ix.rows, a.grad_bias);
     }

@@ -54,14 +54,17 @@ int64_t mark_nonzeros(const T* dense, int64_t rows, int64_t cols, uint64_t* bits
   return sum_counts(rows, rowptr);
 }
 
-// Whether every nonzero of dense stands where `bits` has one.
+// values[k] = dense[row of k][col[k]] if every nonzero of dense stands in the index, whose marks are `bits`; else says
+// false, and values are undefined. A row is gathered while it is in the first-level cache.
 template <class T>
-bool covered(const T* dense, int64_t rows, int64_t cols, const uint64_t* bits, int threads) {
-  const int64_t words = row_words(cols);
+bool gather_all(const T* dense, const Index& ix, const uint64_t* bits, T* values, int threads) {
+  const int64_t words = row_words(ix.cols);
   bool all = true;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(&& : all)
-  for (int64_t r = 0; r < rows; ++r)
-    all = all &&
-          each_word(dense + r * cols, cols, [&](int64_t w, uint64_t word) { return !(word & ~bits[r * words + w]); });
+  for (int64_t r = 0; r < ix.rows; ++r) {
+    const T* row = dense + r * ix.cols;
+    all = all && each_word(row, ix.cols, [&](int64_t w, uint64_t word) { return !(word & ~bits[r * words + w]); });
+    for (int32_t k = ix.rowptr[r]; all && k < ix.rowptr[r + 1]; ++k) values[k] = row[ix.col[k]];
+  }
   return all;
 }

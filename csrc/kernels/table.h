@@ -49,6 +49,7 @@ struct LinearArgs {
 
 constexpr int GRAD_STRIP = 64;    // columns of a strip
 constexpr int GRAD_SAMPLES = 64;  // samples of a block; a strip of so many floats has 16 KB
+static_assert(GRAD_SAMPLES * GRAD_STRIP < 1 << 16, "places are of 16 bits");
 
 // The gradient of a linear layer's weight as the product that it is, grad_yᵀ x (rows x cols): the nonzeros of grad_y,
 // and x in strips of columns. See weight_grad.h.
@@ -57,7 +58,7 @@ struct GradFactors {
   int64_t N, rows, cols;
   const T* strips;       // [ceil(cols / GRAD_STRIP)][N][GRAD_STRIP], zero beyond cols
   const int32_t* count;  // [ceil(N / GRAD_SAMPLES)][rows]: nonzeros of a row in a block of samples
-  const int32_t* place;  // [blocks][rows][GRAD_SAMPLES]: their samples inside of the block, times GRAD_STRIP
+  const uint16_t* place;  // [blocks][rows][GRAD_SAMPLES]: their samples inside of the block, times GRAD_STRIP
   const T* value;        // [blocks][rows][GRAD_SAMPLES]: the nonzeros; of both, only the first `count` are defined
 };
 
@@ -69,7 +70,7 @@ struct FactorArgs {
   const T* x;
   T* strips;
   int32_t* count;
-  int32_t* place;
+  uint16_t* place;
   T* value;
   int threads;
 };
@@ -189,12 +190,10 @@ struct NormArgs {
   int threads;
 };
 
-// Where dense matrices are not zero; T is uint8_t for masks. See marks.h.
+// See marks.h; T is uint8_t for masks.
 template <class T>
-struct Marks {
-  int64_t (*mark)(const T* dense, int64_t rows, int64_t cols, uint64_t* bits, int32_t* rowptr, int threads);
-  bool (*covered)(const T* dense, int64_t rows, int64_t cols, const uint64_t* bits, int threads);
-};
+using MarkNonzeros = int64_t (*)(const T* dense, int64_t rows, int64_t cols, uint64_t* bits, int32_t* rowptr,
+                                 int threads);
 
 template <class T>
 struct Kernels {
@@ -218,14 +217,15 @@ struct Kernels {
   void (*norm_reduce)(const NormArgs<T>&);
   void (*norm_grad)(const NormArgs<T>&);
   void (*norm_unpack)(const NormArgs<T>&);
-  Marks<T> marks;
+  MarkNonzeros<T> mark_nonzeros;
+  bool (*gather_all)(const T* dense, const Index&, const uint64_t* bits, T* values, int threads);
 };
 
 struct Table {
   const char* isa;
   Kernels<float> f32;
   Kernels<double> f64;
-  Marks<uint8_t> mask;
+  MarkNonzeros<uint8_t> mark_mask;
 };
 
 }  // namespace sparsebreg

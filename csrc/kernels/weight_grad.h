@@ -35,13 +35,13 @@ void list_samples(const FactorArgs<T>& a, int64_t n0, int64_t n1, int64_t r0, in
   for (int64_t r = r0; r < r1; ++r) {
     const int64_t list = block * rows + r;
     const T* g = turned + (r - r0) * GRAD_SAMPLES;
-    int32_t* place = a.place + list * GRAD_SAMPLES;
+    uint16_t* place = a.place + list * GRAD_SAMPLES;
     T* value = a.value + list * GRAD_SAMPLES;
     uint64_t left = nonzero_word<T>(g);
     a.count[list] = __builtin_popcountll(left);
     for (; left; left &= left - 1) {
       const int n = __builtin_ctzll(left);
-      *place++ = n * GRAD_STRIP;
+      *place++ = uint16_t(n * GRAD_STRIP);
       *value++ = g[n];
     }
   }
@@ -60,7 +60,7 @@ void pack_strip(const FactorArgs<T>& a, int64_t strip) {
 
 // sums[0..S registers) = (ADD: +=) sum of value[k] * x[place[k]] over the listed samples.
 template <class T, int S, bool ADD>
-SB_INLINE void sum_samples(const T* x, const int32_t* place, const T* value, int32_t count, T* sums) {
+SB_INLINE void sum_samples(const T* x, const uint16_t* place, const T* value, int32_t count, T* sums) {
   constexpr int n = Vec<T>::n, CHAINS = S < 8 ? 2 : 1;  // enough sums to keep the multipliers busy
   V<T> acc[CHAINS][S];
   for (int u = 0; u < CHAINS; ++u)
@@ -112,11 +112,21 @@ void factor_grad(const FactorArgs<T>& a) {
 template <class T>
 void product_rows(const GradFactors<T>& f, int64_t r0, int64_t r1, T* dst) {
   const int64_t blocks = div_up(f.N, GRAD_SAMPLES), whole = f.cols / GRAD_STRIP, rest = f.cols % GRAD_STRIP;
+  // While a block of a strip is read, the next is fetched, a part with every row: all its samples are wanted at once.
+  constexpr int64_t line = 64 / sizeof(T), lines = GRAD_SAMPLES * GRAD_STRIP / line;
+  const int64_t part = div_up(lines, r1 - r0) * line;
   for (int64_t s = 0; s < whole; ++s) {
     T* to = dst + s * GRAD_STRIP;
-    for (int64_t r = r0; r < r1; ++r) sum_row<T, false>(f, s, 0, r, to + (r - r0) * f.cols);
-    for (int64_t block = 1; block < blocks; ++block)
-      for (int64_t r = r0; r < r1; ++r) sum_row<T, true>(f, s, block, r, to + (r - r0) * f.cols);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const T* next = f.strips + (s * f.N + (block + 1) * GRAD_SAMPLES) * GRAD_STRIP;
+      for (int64_t r = r0; r < r1; ++r) {
+        for (int64_t i = 0; i < part; i += line) __builtin_prefetch(next + (r - r0) * part + i);
+        if (block == 0)
+          sum_row<T, false>(f, s, 0, r, to + (r - r0) * f.cols);
+        else
+          sum_row<T, true>(f, s, block, r, to + (r - r0) * f.cols);
+      }
+    }
   }
   for (int64_t r = r0; rest && r < r1; ++r) {
     alignas(64) T sums[GRAD_STRIP];

@@ -314,7 +314,8 @@ void test_weight_grad() {
       using T = decltype(zero);
       Buffer<T> gy(grad_y), in(x), out(int64_t(wanted.size())), packed(strips * c.N * GRAD_STRIP),
           value(blocks * c.rows * GRAD_SAMPLES);
-      std::vector<int32_t> count(size_t(blocks * c.rows)), place(size_t(blocks * c.rows * GRAD_SAMPLES));
+      std::vector<int32_t> count(size_t(blocks * c.rows));
+      std::vector<uint16_t> place(size_t(blocks * c.rows * GRAD_SAMPLES));
       if (kernels<T>().count_nonzeros(gy, c.N * c.rows, threads) != nonzeros) fail("count_nonzeros");
       kernels<T>().factor_grad({c.N, c.rows, c.cols, gy, in, packed, count.data(), place.data(), value, threads});
       const GradFactors<T> f{c.N, c.rows, c.cols, packed, count.data(), place.data(), value};
@@ -773,11 +774,11 @@ void test_norm() {
 }
 
 template <class T>
-const Marks<T>& marks() {
+MarkNonzeros<T> mark_nonzeros() {
   if constexpr (sizeof(T) == 1)
-    return active_table().mask;
+    return active_table().mark_mask;
   else
-    return kernels<T>().marks;
+    return kernels<T>().mark_nonzeros;
 }
 
 template <class T>
@@ -788,23 +789,45 @@ void test_marks(const Pattern& p, int threads) {
     dense[i] = p.at[i] < 0 ? T(-0.0) : T(sizeof(T) == 1 || p.at[i] % 3 ? 1 + p.at[i] % 100 : NAN);
   std::vector<int32_t> rowptr(size_t(rows) + 1, -1), col(size_t(nnz), -1);
   std::vector<uint64_t> bits(size_t(rows * row_words(cols))), again(bits.size(), ~uint64_t(0));
-  if (marks<T>().mark(dense.data(), rows, cols, bits.data(), rowptr.data(), threads) != nnz) fail("mark");
+  if (mark_nonzeros<T>()(dense.data(), rows, cols, bits.data(), rowptr.data(), threads) != nnz) fail("mark");
   same("rowptr", rowptr, p.rowptr);
   fill_columns(bits.data(), rows, cols, p.rowptr.data(), col.data(), threads);
   same("col", col, p.col);
   mark_columns(rows, cols, p.rowptr.data(), p.col.data(), again.data(), threads);
   same("mark_columns", again, bits);
-  if (!marks<T>().covered(dense.data(), rows, cols, bits.data(), threads)) fail("covered, itself");
-  for (size_t i = 0; i < dense.size(); ++i)
-    if (dense[i] != T(0) && (i < 3 || i + 3 > dense.size())) {  // without that one it is not
-      uint64_t& word = bits[i / size_t(cols) * size_t(row_words(cols)) + i % size_t(cols) / 64];
-      const uint64_t bit = uint64_t(1) << (i % size_t(cols) & 63);
-      word ^= bit;
-      if (marks<T>().covered(dense.data(), rows, cols, bits.data(), threads)) fail("covered, one nonzero outside");
-      word ^= bit;
+}
+
+// Of all nonzeros, of fewer, and of one more than the pattern has.
+template <class T>
+void test_gather_all(const Pattern& p, int threads) {
+  const int64_t rows = p.index.rows, cols = p.index.cols;
+  std::vector<uint64_t> bits(size_t(rows * row_words(cols)));
+  mark_columns(rows, cols, p.rowptr.data(), p.col.data(), bits.data(), threads);
+  std::vector<T> dense(p.at.size()), values(p.values.size());
+  Doubles wanted(p.values);
+  for (size_t i = 0; i < p.at.size(); ++i) dense[i] = p.at[i] < 0 ? T(-0.0) : T(p.values[size_t(p.at[i])]);
+  const auto inside = [&] {
+    return kernels<T>().gather_all(dense.data(), p.index, bits.data(), values.data(), threads);
+  };
+  if (!inside()) fail("gather_all, itself");
+  same("gather_all", Doubles(values.begin(), values.end()), wanted);
+  for (size_t i = 0; i < dense.size(); ++i) {
+    if (i >= 3 && i + 3 < dense.size()) continue;
+    const T old = dense[i];
+    if (p.at[i] < 0) {
+      for (const T one : {T(1), T(NAN)}) {
+        dense[i] = one;
+        if (inside()) fail("gather_all, a nonzero outside");
+      }
+    } else {
       dense[i] = T(0);
-      if (!marks<T>().covered(dense.data(), rows, cols, bits.data(), threads)) fail("covered, fewer nonzeros");
+      wanted[size_t(p.at[i])] = 0;
+      if (!inside()) fail("gather_all, fewer nonzeros");
+      same("gather_all, fewer nonzeros", Doubles(values.begin(), values.end()), wanted);
+      wanted[size_t(p.at[i])] = p.values[size_t(p.at[i])];
     }
+    dense[i] = old;
+  }
 }
 
 template <class T>
@@ -837,6 +860,7 @@ void test_pattern() {
     }
     everywhere("marks " + text({c.rows, c.cols}), [&](auto zero, int threads) {
       test_marks<decltype(zero)>(p, threads);
+      test_gather_all<decltype(zero)>(p, threads);
       test_marks<uint8_t>(p, threads);
     });
     for (int threads : {1, 3}) {

@@ -766,39 +766,44 @@ void norm_unpack(int64_t N, int64_t C, int64_t P, const Array& x, const MaybeNor
   });
 }
 
-template <class T>
-MarkNonzeros<T> mark_of() {
-  if constexpr (sizeof(T) == 1)
-    return active_table().mark_mask;
-  else
-    return kernels_of<T>().mark_nonzeros;
-}
-
-template <class T>
-py::object index_of(const T* dense, int64_t rows, int64_t cols, int64_t most, int threads) {
+// The index of what mark(bits, rowptr, threads) marks; None where that is more than `most`.
+template <class Mark>
+py::object index_of(int64_t rows, int64_t cols, int64_t most, int threads, Mark mark) {
   const int t = team(threads, double(rows) * double(cols));
   std::unique_ptr<NativeIndex> made;
   {
     py::gil_scoped_release nogil;
     std::vector<int32_t> rowptr(size_t(rows + 1));
     PoolArray<uint64_t> marks(size_t(rows * row_words(cols)));
-    const int64_t nnz = mark_of<T>()(dense, rows, cols, marks.data(), rowptr.data(), t);
+    const int64_t nnz = mark(marks.data(), rowptr.data(), t);
     if (nnz < 0) refuse("mask", "at most 2147483647 nonzeros", "more");
     if (nnz <= most) made = std::make_unique<NativeIndex>(rows, cols, nnz, std::move(marks), rowptr, t);
   }
   return made ? py::cast(std::move(made)) : py::none();
 }
 
-// The index of the nonzeros of a float32, float64 or boolean matrix; None where there are more than `most`.
-py::object index_of_nonzeros(const Array& dense, int64_t most, int threads) {
+// The index of the entries of a float32 or float64 matrix whose magnitude is above `bound`, or of those of a boolean one
+// that are true; None where there are more than `most`.
+py::object index_beyond(const Array& dense, double bound, int64_t most, int threads) {
   if (dense.ndim != 2) refuse("dense", "two dimensions", std::to_string(dense.ndim));
   if (most < 0) refuse("most", "at least 0", std::to_string(most));
   const int64_t rows = dense.shape[0], cols = dense.shape[1], size = dense.size;
   check_shape("dense", rows, cols);
-  const auto make = [&](const auto* data) { return index_of(data, rows, cols, most, threads); };
-  if (dense.is<float>()) return make(in<float>("dense", dense, size));
-  if (dense.is<double>()) return make(in<double>("dense", dense, size));
-  return make(reinterpret_cast<const uint8_t*>(in<bool>("dense", dense, size)));
+  if (!(bound >= 0)) refuse("bound", "at least 0", std::to_string(bound));
+  const auto numbers = [&](const auto* data) {
+    using T = std::remove_cv_t<std::remove_pointer_t<decltype(data)>>;
+    const auto& k = kernels_of<T>();
+    return index_of(rows, cols, most, threads, [&](uint64_t* bits, int32_t* rowptr, int t) {
+      if (bound == 0) return k.mark_nonzeros(data, rows, cols, bits, rowptr, t);
+      return k.mark_beyond(data, rows, cols, T(bound), bits, rowptr, t);
+    });
+  };
+  if (dense.is<float>()) return numbers(in<float>("dense", dense, size));
+  if (dense.is<double>()) return numbers(in<double>("dense", dense, size));
+  const auto* mask = reinterpret_cast<const uint8_t*>(in<bool>("dense", dense, size));
+  return index_of(rows, cols, most, threads, [&](uint64_t* bits, int32_t* rowptr, int t) {
+    return active_table().mark_mask(mask, rows, cols, bits, rowptr, t);
+  });
 }
 
 void gather_values(const NativeIndex& pattern, const Array& dense, const Array& values, int threads) {
@@ -849,7 +854,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("LANES") = LANES;
   py::class_<NativeIndex>(m, "Index")
       .def(py::init<int64_t, int64_t, const Array&, const Array&>())
-      .def_static("of_nonzeros", &index_of_nonzeros)
+      .def_static("beyond", &index_beyond)
       .def("arrays", &index_arrays)
       .def("transposed", &transposed_arrays);
   m.def("accept_tensors", &accept_tensors);

@@ -239,8 +239,8 @@ class Multilevel:
                 continue
             near = self.optimizer.weaker(module.weight, _SLACK)
             if near is not None:
-                most = int(module._max_density * near.numel())
-                module._pattern = SparsePattern.of_at_most(near, most) or pattern
+                most = int(module._max_density * pattern.rows * pattern.cols)
+                module._pattern = SparsePattern.of_at_most(near[0], most, near[1]) or pattern
             self._wide[name] = module._pattern
 
     def _carry_out(self, plan: Plan) -> None:

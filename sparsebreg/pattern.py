@@ -149,8 +149,11 @@ class SparsePattern:
         return cls.of_at_most(dense, sys.maxsize)  # type: ignore[return-value]  # with no bound there is one
 
     @classmethod
-    def of_at_most(cls, dense: torch.Tensor, most: int) -> SparsePattern | None:
+    def of_at_most(cls, dense: torch.Tensor, most: int, beyond: float = 0.0) -> SparsePattern | None:
         """The pattern of the nonzeros of ``dense``, float32, float64 or boolean; None where they are more than ``most``.
+
+        Args:
+            beyond: of numbers, only those whose magnitude is larger than this.
 
         Raises:
             ValueError: for more than 2**31 - 1 nonzeros.
@@ -158,8 +161,10 @@ class SparsePattern:
         shape, rows = tuple(dense.shape), dense.shape[0]
         flat = dense.detach().cpu().reshape(rows, math.prod(shape[1:])).contiguous().numpy()
         if (C := native()) is not None:
-            index = C.Index.of_nonzeros(flat, most, torch.get_num_threads())
+            index = C.Index.beyond(flat, beyond, most, torch.get_num_threads())
             return None if index is None else cls._adopt(shape, index)
+        if beyond:
+            flat = ~(np.abs(flat) <= beyond)  # NaN counts
         counts = np.count_nonzero(flat, axis=1)
         if counts.sum() > min(most, _INT32_MAX):
             if counts.sum() <= most:

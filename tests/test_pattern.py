@@ -113,6 +113,17 @@ def test_of_at_most(name, builder):
         assert SparsePattern.of_at_most(mask.float(), count - 1) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_at_most_beyond(dtype, builder):
+    dense = torch.rand(9, 70, dtype=dtype) - 0.5
+    dense[0, :4] = torch.tensor([0.25, -0.25, float("nan"), 0.26])
+    wanted = ~(dense.abs() <= 0.25)
+    assert wanted[0, :4].tolist() == [False, False, True, True]
+    count = int(wanted.sum())
+    assert SparsePattern.of_at_most(dense, count, 0.25) == SparsePattern.from_mask(wanted)
+    assert SparsePattern.of_at_most(dense, count - 1, 0.25) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("name", MASKS)
 def test_gather_all(name, dtype, builder):

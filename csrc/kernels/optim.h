@@ -4,11 +4,11 @@ template <class A>
 using Gradient = decltype(A::g);
 
 // Calls masked or plain(a, gradient of the first weight, begin, count) piece by piece: a piece of all arrays fits into
-// a second-level cache. Of a gradient in factors some rows are made first, in scratch.
+// a first-level cache. Of a gradient in factors some rows are made first, in scratch.
 template <class A>
 void in_pieces(const A& a, void (*masked)(const A&, Gradient<A>, int64_t, int64_t),
                void (*plain)(const A&, Gradient<A>, int64_t, int64_t)) {
-  const int64_t piece = 8192;
+  const int64_t piece = 1024;
   const auto some = [&](Gradient<A> g, int64_t begin, int64_t n) { (a.active ? masked : plain)(a, g, begin, n); };
   if (a.factors) {
     const auto& f = *a.factors;
@@ -60,15 +60,6 @@ SB_INLINE T normal(T x) {
   return x < least_normal && x > -least_normal ? T(0) : x;
 }
 
-// p = delta * v shrunk by threshold.
-template <class T, bool MASKED>
-void shrink(T* __restrict p, const T* __restrict v, const uint8_t* __restrict active, T delta, T threshold, int64_t n) {
-  for (int64_t k = 0; k < n; ++k) {
-    const T w = shrunk(delta * v[k], threshold);
-    p[k] = MASKED ? either(active[k], w, p[k]) : w;
-  }
-}
-
 // One linearized Bregman step with the proximal map of threshold * |.|_1 (threshold 0: none), in one pass:
 // g' = sign * g + decay * p;  m = beta * m + (1 - beta) * lr * g';  v -= m (without m: v -= lr * g');
 // p = shrink(delta * v, delta * lam). What is not active stands still.
@@ -82,17 +73,18 @@ void linbreg_piece(const StepArgs<T>& a, const T* __restrict g, int64_t begin, i
   if (a.m) {
     T* __restrict m = a.m + begin;
     for (int64_t k = 0; k < n; ++k) {
-      const T moved = normal(beta * m[k] + gain * (sign * g[k] + decay * p[k])), down = v[k] - moved;
+      const T moved = normal(beta * m[k] + gain * (sign * g[k] + decay * p[k])), down = v[k] - moved, w = shrunk(delta * down, threshold);
       m[k] = MASKED ? either(active[k], moved, m[k]) : moved;
       v[k] = MASKED ? either(active[k], down, v[k]) : down;
+      p[k] = MASKED ? either(active[k], w, p[k]) : w;
     }
   } else {
     for (int64_t k = 0; k < n; ++k) {
-      const T down = v[k] - lr * (sign * g[k] + decay * p[k]);
+      const T down = v[k] - lr * (sign * g[k] + decay * p[k]), w = shrunk(delta * down, threshold);
       v[k] = MASKED ? either(active[k], down, v[k]) : down;
+      p[k] = MASKED ? either(active[k], w, p[k]) : w;
     }
   }
-  shrink<T, MASKED>(p, v, active, delta, threshold, n);
 }
 
 template <class T>
@@ -126,7 +118,7 @@ void l1_shift(const StepArgs<T>& a) {
 template <class T, bool MASKED>
 void adabreg_piece(const AdaStepArgs<T>& a, const T* __restrict g, int64_t begin, int64_t n) {
   const T step = T(a.lr / a.correction1), root = T(1 / std::sqrt(a.correction2)), eps = T(a.eps), delta = T(a.delta);
-  const T keep1 = T(1 - a.beta1), beta2 = T(a.beta2), keep2 = T(1 - a.beta2), sign = T(a.sign);
+  const T keep1 = T(1 - a.beta1), beta2 = T(a.beta2), keep2 = T(1 - a.beta2), sign = T(a.sign), threshold = T(a.delta * a.lam);
   constexpr T least_normal = std::numeric_limits<T>::min();
   const T coupled = T(a.decoupled ? 0 : a.weight_decay), apart = T(a.decoupled ? a.lr * a.weight_decay : 0);
   T* __restrict p = a.p + begin;
@@ -141,9 +133,10 @@ void adabreg_piece(const AdaStepArgs<T>& a, const T* __restrict g, int64_t begin
     const T moved = v[k] - apart * p[k] - step * mean / (std::sqrt(square) * root + eps);
     m[k] = MASKED ? either(active[k], mean, m[k]) : mean;
     s[k] = MASKED ? either(active[k], square, s[k]) : square;
+    const T w = shrunk(delta * moved, threshold);
     v[k] = MASKED ? either(active[k], moved, v[k]) : moved;
+    p[k] = MASKED ? either(active[k], w, p[k]) : w;
   }
-  shrink<T, MASKED>(p, v, active, delta, T(a.delta * a.lam), n);
 }
 
 template <class T>

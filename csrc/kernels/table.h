@@ -218,6 +218,8 @@ struct Kernels {
   void (*norm_grad)(const NormArgs<T>&);
   void (*norm_unpack)(const NormArgs<T>&);
   MarkNonzeros<T> mark_nonzeros;
+  int64_t (*mark_beyond)(const T* dense, int64_t rows, int64_t cols, T bound, uint64_t* bits, int32_t* rowptr,
+                         int threads);
   bool (*gather_all)(const T* dense, const Index&, const uint64_t* bits, T* values, int threads);
 };
 

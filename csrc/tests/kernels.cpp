@@ -797,6 +797,30 @@ void test_marks(const Pattern& p, int threads) {
   same("mark_columns", again, bits);
 }
 
+template <class T>
+void test_mark_beyond(const Pattern& p, int threads) {
+  const int64_t rows = p.index.rows, cols = p.index.cols, words = row_words(cols);
+  std::vector<T> dense(p.at.size());
+  std::vector<int32_t> rowptr(size_t(rows) + 1, -1), starts{0};
+  std::vector<uint64_t> bits(size_t(rows * words)), wanted(bits.size());
+  const T bound = T(0.5);
+  for (int64_t r = 0; r < rows; ++r) {
+    int32_t count = starts.back();
+    for (int64_t c = 0; c < cols; ++c) {
+      T& d = dense[size_t(r * cols + c)];
+      d = uniform() < 0.1 ? bound : uniform() < 0.1 ? -bound : uniform() < 0.1 ? T(NAN) : T(3 * uniform() - 1.5);
+      if (std::abs(d) <= bound) continue;
+      wanted[size_t(r * words + c / 64)] |= uint64_t(1) << (c & 63);
+      ++count;
+    }
+    starts.push_back(count);
+  }
+  const int64_t marked = kernels<T>().mark_beyond(dense.data(), rows, cols, bound, bits.data(), rowptr.data(), threads);
+  if (marked != starts.back()) fail("mark_beyond");
+  same("mark_beyond, rowptr", rowptr, starts);
+  same("mark_beyond, bits", bits, wanted);
+}
+
 // Of all nonzeros, of fewer, and of one more than the pattern has.
 template <class T>
 void test_gather_all(const Pattern& p, int threads) {
@@ -860,6 +884,7 @@ void test_pattern() {
     }
     everywhere("marks " + text({c.rows, c.cols}), [&](auto zero, int threads) {
       test_marks<decltype(zero)>(p, threads);
+      test_mark_beyond<decltype(zero)>(p, threads);
       test_gather_all<decltype(zero)>(p, threads);
       test_marks<uint8_t>(p, threads);
     });
@@ -886,7 +911,7 @@ void test_pattern() {
 }  // namespace
 
 int main() {
-  static_assert(sizeof(Kernels<float>) == 22 * sizeof(void (*)()), "a kernel of the table has no test here");
+  static_assert(sizeof(Kernels<float>) == 23 * sizeof(void (*)()), "a kernel of the table has no test here");
   test_pattern();
   test_pack();
   test_linear();

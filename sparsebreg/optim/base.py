@@ -13,7 +13,7 @@ from sparsebreg import _extension, regularizers
 from sparsebreg.errors import check_choice, check_real, expected
 from sparsebreg.gradient import PendingGrad, resolve
 from sparsebreg.pattern import SparsePattern
-from sparsebreg.regularizers import NoReg, Regularizer
+from sparsebreg.regularizers import L1, NoReg, Regularizer
 
 #: Modules whose weight is regularised by ``param_groups``.
 REGULARISED = (nn.Linear, nn.modules.conv._ConvNd)
@@ -158,23 +158,28 @@ class BregmanOptimizer(torch.optim.Optimizer):
         return duals if delta == 1 else list(torch._foreach_mul(duals, delta)), delta
 
     @torch.no_grad()
-    def weaker(self, p: torch.Tensor, slack: float) -> torch.Tensor | None:
-        """What the parameter p would be if its regularizer's ``lam`` were smaller by the part ``slack``.
+    def weaker(self, p: torch.Tensor, slack: float) -> tuple[torch.Tensor, float] | None:
+        """Which weights of p would be active if its regularizer's ``lam`` were smaller by the part ``slack``.
 
-        In the next steps hardly any weights wake but those that are not zero here. None where that cannot be told: for
-        a regularizer that makes no zeros or has no ``lam`` to scale, without a dual variable, and for the values of a
-        sparse layer.
+        In the next steps hardly any others wake.
+
+        Returns:
+            A tensor of the shape of p and a bound: they are those where its magnitude is above the bound. None where
+            that cannot be told: for a regularizer that makes no zeros or has no ``lam`` to scale, without a dual
+            variable, and for the values of a sparse layer.
         """
         group = next((g for g in self.param_groups if any(p is q for q in g["params"])), None)
         dual = self.state[p].get("dual") if p in self.state else None
         if group is None or dual is None or p in self.patterns or not group["reg"].sparse:
             return None
+        if type(group["reg"]) is L1:
+            return dual, (1 - slack) * group["reg"].lam
         try:
             reg = group["reg"].with_lam((1 - slack) * group["reg"].lam)
         except (AttributeError, TypeError, ValueError):  # one of the user's own, or only a part of it has a lam
             return None
         delta = group["delta"]
-        return reg.prox(dual if delta == 1 else delta * dual, delta)
+        return reg.prox(dual if delta == 1 else delta * dual, delta), 0.0
 
     def _reg(self, p: torch.Tensor, group: dict[str, Any]) -> Regularizer:
         pattern = self.patterns.get(p)

@@ -237,16 +237,8 @@ class NativeGrad {
       made->numbers_ = PoolArray<char>(size_t(lists * GRAD_SAMPLES + strips * N * GRAD_STRIP) * sizeof(T));
       made->itemsize_ = sizeof(T);
       T* value = reinterpret_cast<T*>(made->numbers_.data());
-      const FactorArgs<T> a{N,
-                            rows,
-                            cols,
-                            g,
-                            from,
-                            value + lists * GRAD_SAMPLES,
-                            made->counts_.data(),
-                            made->places_.data(),
-                            value,
-                            t};
+      const FactorArgs<T> a{
+          N, rows, cols, g, from, value + lists * GRAD_SAMPLES, made->counts_.data(), made->places_.data(), value, t};
       kernels_of<T>().factor_grad(a);
       made->factors_ = GradFactors<char>{N,
                                          rows,
@@ -782,8 +774,8 @@ py::object index_of(int64_t rows, int64_t cols, int64_t most, int threads, Mark 
   return made ? py::cast(std::move(made)) : py::none();
 }
 
-// The index of the entries of a float32 or float64 matrix whose magnitude is above `bound`, or of those of a boolean one
-// that are true; None where there are more than `most`.
+// The index of the entries of a float32 or float64 matrix whose magnitude is above `bound`, or of those of a boolean
+// one that are true; None where there are more than `most`.
 py::object index_beyond(const Array& dense, double bound, int64_t most, int threads) {
   if (dense.ndim != 2) refuse("dense", "two dimensions", std::to_string(dense.ndim));
   if (most < 0) refuse("most", "at least 0", std::to_string(most));

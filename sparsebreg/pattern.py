@@ -150,7 +150,7 @@ class SparsePattern:
 
     @classmethod
     def of_at_most(cls, dense: torch.Tensor, most: int, beyond: float = 0.0) -> SparsePattern | None:
-        """The pattern of the nonzeros of ``dense``, float32, float64 or boolean; None where they are more than ``most``.
+        """The pattern of the nonzeros of ``dense``: float32, float64 or boolean. None for more of them than ``most``.
 
         Args:
             beyond: of numbers, only those whose magnitude is larger than this.

@@ -1,4 +1,5 @@
-// Where a dense matrix is not zero, or beyond a bound, one bit a place. Included inside an instruction set's namespace; no include guard.
+// Where a dense matrix is not zero, or beyond a bound, one bit a place. Included inside an instruction set's namespace;
+// no include guard.
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "nonzero_word packs bytes in memory order");
 

@@ -73,7 +73,8 @@ void linbreg_piece(const StepArgs<T>& a, const T* __restrict g, int64_t begin, i
   if (a.m) {
     T* __restrict m = a.m + begin;
     for (int64_t k = 0; k < n; ++k) {
-      const T moved = normal(beta * m[k] + gain * (sign * g[k] + decay * p[k])), down = v[k] - moved, w = shrunk(delta * down, threshold);
+      const T moved = normal(beta * m[k] + gain * (sign * g[k] + decay * p[k])), down = v[k] - moved,
+              w = shrunk(delta * down, threshold);
       m[k] = MASKED ? either(active[k], moved, m[k]) : moved;
       v[k] = MASKED ? either(active[k], down, v[k]) : down;
       p[k] = MASKED ? either(active[k], w, p[k]) : w;
@@ -118,7 +119,8 @@ void l1_shift(const StepArgs<T>& a) {
 template <class T, bool MASKED>
 void adabreg_piece(const AdaStepArgs<T>& a, const T* __restrict g, int64_t begin, int64_t n) {
   const T step = T(a.lr / a.correction1), root = T(1 / std::sqrt(a.correction2)), eps = T(a.eps), delta = T(a.delta);
-  const T keep1 = T(1 - a.beta1), beta2 = T(a.beta2), keep2 = T(1 - a.beta2), sign = T(a.sign), threshold = T(a.delta * a.lam);
+  const T keep1 = T(1 - a.beta1), beta2 = T(a.beta2), keep2 = T(1 - a.beta2), sign = T(a.sign),
+          threshold = T(a.delta * a.lam);
   constexpr T least_normal = std::numeric_limits<T>::min();
   const T coupled = T(a.decoupled ? 0 : a.weight_decay), apart = T(a.decoupled ? a.lr * a.weight_decay : 0);
   T* __restrict p = a.p + begin;

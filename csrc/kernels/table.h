@@ -56,10 +56,10 @@ static_assert(GRAD_SAMPLES * GRAD_STRIP < 1 << 16, "places are of 16 bits");
 template <class T>
 struct GradFactors {
   int64_t N, rows, cols;
-  const T* strips;       // [ceil(cols / GRAD_STRIP)][N][GRAD_STRIP], zero beyond cols
-  const int32_t* count;  // [ceil(N / GRAD_SAMPLES)][rows]: nonzeros of a row in a block of samples
+  const T* strips;        // [ceil(cols / GRAD_STRIP)][N][GRAD_STRIP], zero beyond cols
+  const int32_t* count;   // [ceil(N / GRAD_SAMPLES)][rows]: nonzeros of a row in a block of samples
   const uint16_t* place;  // [blocks][rows][GRAD_SAMPLES]: their samples inside of the block, times GRAD_STRIP
-  const T* value;        // [blocks][rows][GRAD_SAMPLES]: the nonzeros; of both, only the first `count` are defined
+  const T* value;         // [blocks][rows][GRAD_SAMPLES]: the nonzeros; of both, only the first `count` are defined
 };
 
 // From grad_y (N, rows) and x (N, cols), row-major, to the arrays of GradFactors.

@@ -801,7 +801,7 @@ template <class T>
 void test_mark_beyond(const Pattern& p, int threads) {
   const int64_t rows = p.index.rows, cols = p.index.cols, words = row_words(cols);
   std::vector<T> dense(p.at.size());
-  std::vector<int32_t> rowptr(size_t(rows) + 1, -1), starts{0};
+  std::vector<int32_t> rowptr(size_t(rows) + 1, -1), starts { 0 };
   std::vector<uint64_t> bits(size_t(rows * words)), wanted(bits.size());
   const T bound = T(0.5);
   for (int64_t r = 0; r < rows; ++r) {

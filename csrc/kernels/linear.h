@@ -301,38 +301,6 @@ void linear_forward(const LinearArgs<T>& a) {
   linear_direction(linear_pass(a, true, a.index.row_chunks), a.x, a.x_layout, a.threads);
 }
 
-// What a task adds to the gradients of values and bias, for rows r0..r1: the packed tiles are [features][TL][16].
-template <class T>
-void linear_correlate(const LinearPass<T>& p, const T* packed_x, const T* packed_grad, int64_t r0, int64_t r1,
-                      T* grad_values, T* grad_bias) {
-  const int64_t length = int64_t(p.TL) * LANES;
-  for (int64_t r = r0; grad_bias && r < r1; ++r) {
-    V<T> sum[Vec<T>::n];
-    for (int i = 0; i < Vec<T>::n; ++i) sum[i] = zero<T>();
-    for (int64_t i = 0; i < length; i += Vec<T>::n) sum[0] += load(packed_grad + r * length + i);
-    grad_bias[r] += sum_each<T>(sum)[0];
-  }
-  if (!grad_values) return;
-  CorrelateTile<T> t;
-  t.src = packed_x;
-  t.src_row = 0;
-  t.offset = p.index;
-  t.scale = ptrdiff_t(length);
-  t.ptr_step = p.chunks;
-  t.r0 = r0, t.r1 = r1;
-  t.grad = packed_grad + r0 * length;
-  t.grad_channel = length;
-  t.grad_row = 0;
-  t.rows = 1, t.cols = p.TL;
-  t.grad_values = {grad_values, nullptr, true};
-  const CorrelateFn<T> fn = correlate_fn<T>(1, p.TL);
-  for (int h = 0; h < p.chunks; ++h) {
-    t.begin = p.starts + h;
-    t.end = t.begin + 1;
-    fn(t);
-  }
-}
-
 // out[k] = sum of sums[from[k]], or sums[k], over the copies, for k in [k0, k1).
 template <class T>
 void sum_copies(const T* sums, int64_t stride, int copies, const int32_t* from, int64_t k0, int64_t k1, T* out) {
@@ -375,8 +343,126 @@ void bias_grad(const LinearArgs<T>& a) {
   }
 }
 
-// grad_x = grad_y W over the active weights, by columns of W; grad_values[k] = sum_n grad_y[n][row] x[n][col];
-// grad_bias = sum_n grad_y[n].
+// Where the tasks of a backward pass put gradients of values: sums over the samples of several units are made apart,
+// unit by unit or thread by thread, whichever are fewer.
+template <class T>
+struct ValueSums {
+  int copies;
+  bool by_unit;
+  T* sums;         // [copies][nnz]; null: the gradients themselves
+  bool from_zero;  // a copy begins as zeros, and all tasks add to it
+
+  ValueSums(const Share& s, const LinearArgs<T>& a, bool apart)
+      : copies(int(least<int64_t>(s.units(), a.threads))),
+        by_unit(s.units() <= a.threads),
+        sums(apart || copies > 1 ? scratch<T>(slot_sums, a.index.nnz * copies) : nullptr),
+        from_zero(copies > 1 && !by_unit) {}
+
+  T* of(int64_t unit, const LinearArgs<T>& a) const {
+    return sums ? sums + a.index.nnz * (by_unit ? unit : team_member()) : a.grad_values;
+  }
+  bool adds(int64_t unit) const { return from_zero || (!by_unit && unit > 0); }
+
+  // In a parallel region, before and after the tasks. from: where the gradient of a value stands in a copy, or null.
+  void begin(const LinearArgs<T>& a) const {
+    if (!from_zero) return;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < a.index.nnz * copies; ++i) sums[i] = T(0);
+  }
+  void end(const LinearArgs<T>& a, const int32_t* from) const {
+    if (!sums) return;
+    const int64_t nnz = a.index.nnz, piece = 1024;
+#pragma omp barrier
+#pragma omp for schedule(static) nowait
+    for (int64_t k = 0; k < nnz; k += piece)
+      sum_copies(sums, nnz, copies, from, k, least(nnz, k + piece), a.grad_values);
+  }
+};
+
+// grad_x = grad_y W over the active weights, by columns of W; grad_values[k] = sum_n grad_y[n][row] x[n][col], made
+// where a column's nonzeros pass by for grad_x.
+template <class T>
+void backward_both(const LinearArgs<T>& a) {
+  const Index& ix = a.index;
+  const LinearPass<T> back = linear_pass(a, false, ix.col_chunks);
+  const int TL = back.TL;
+  const Share s = share_out(a.N, TL, a.threads, least(ix.rows, ix.cols), false);
+  // Columns pass by, so writing gradients of values in CSR order goes all over the array. It is faster to write them in
+  // CSC order and sort them at the end: where they are written more than once, and where rows are short, since threads,
+  // which have columns of their own, would write to each other's cache lines all the time. A thread's piece of a row is
+  // to be two lines or more.
+  const int64_t two_lines = 2 * 64 / int64_t(sizeof(T));
+  const bool short_rows = a.threads > 1 && ix.nnz < two_lines * a.threads * ix.rows;
+  const bool by_columns = !ONE_SUM<T> || short_rows;
+  const ValueSums<T> values(s, a, by_columns);
+  const int64_t tasks = s.tasks(), length = int64_t(TL) * LANES;
+  const TeamScratch<T> grads(slot_grad, a.threads, ix.rows * length);
+  const TeamScratch<T> groups(slot_dest, a.threads, 2 * run_length(back.chunks) * length);
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  {
+    T* packed = grads.mine();
+    int64_t have = -1;
+    values.begin(a);
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < tasks; ++i) {
+      const int64_t u = i / s.parts;
+      const int q = int(i % s.parts);
+      if (have != u) pack_features(a.grad_y, a.y_layout, a.N, ix.rows, TL, u, 0, TL, 0, ix.rows, packed);
+      have = u;
+      const Correlation<T> both{a.x, a.x_layout, values.of(u, a), by_columns ? nullptr : ix.csc_to_csr, values.adds(u)};
+      linear_rows(back, packed, u, 0, TL, linear_part(ix.colptr, ix.cols, s.parts, q),
+                  linear_part(ix.colptr, ix.cols, s.parts, q + 1), groups.mine(), &both);
+    }
+    values.end(a, by_columns ? ix.csr_to_csc : nullptr);
+  }
+}
+
+// grad_values alone.
+template <class T>
+void backward_values(const LinearArgs<T>& a) {
+  const Index& ix = a.index;
+  const LinearPass<T> p = linear_pass(a, true, ix.row_chunks);
+  const Share s = share_out(a.N, p.TL, a.threads, least(ix.rows, ix.cols), false);
+  const ValueSums<T> values(s, a, false);
+  const int64_t tasks = s.tasks(), length = int64_t(p.TL) * LANES;
+  const TeamScratch<T> sources(slot_source, a.threads, ix.cols * length);
+  const TeamScratch<T> grads(slot_grad, a.threads, ix.rows * length);
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  {
+    int64_t have = -1;
+    values.begin(a);
+    CorrelateTile<T> t;
+    t.src = sources.mine();
+    t.src_row = 0;
+    t.offset = p.index;
+    t.scale = ptrdiff_t(length);
+    t.ptr_step = p.chunks;
+    t.grad = grads.mine();
+    t.grad_channel = length;
+    t.grad_row = 0;
+    t.rows = 1, t.cols = p.TL;
+    const CorrelateFn<T> fn = correlate_fn<T>(1, p.TL);
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < tasks; ++i) {
+      const int64_t u = i / s.parts;
+      const int q = int(i % s.parts);
+      t.r0 = linear_part(ix.rowptr, ix.rows, s.parts, q);
+      t.r1 = linear_part(ix.rowptr, ix.rows, s.parts, q + 1);
+      if (have != u) pack_features(a.x, a.x_layout, a.N, ix.cols, p.TL, u, 0, p.TL, 0, ix.cols, sources.mine());
+      have = u;
+      pack_features(a.grad_y, a.y_layout, a.N, ix.rows, p.TL, u, 0, p.TL, t.r0, t.r1, grads.mine());
+      t.grad_values = {values.of(u, a), nullptr, true};
+      for (int32_t k = ix.rowptr[t.r0]; !values.adds(u) && k < ix.rowptr[t.r1]; ++k) t.grad_values.at[k] = T(0);
+      for (int h = 0; h < p.chunks; ++h) {
+        t.begin = p.starts + h;
+        t.end = t.begin + 1;
+        fn(t);
+      }
+    }
+    values.end(a, nullptr);
+  }
+}
+
 template <class T>
 void linear_backward(const LinearArgs<T>& a) {
   const Index& ix = a.index;
@@ -388,79 +474,11 @@ void linear_backward(const LinearArgs<T>& a) {
     return;
   }
   if (is_narrow(a, NARROW)) return narrow_backward(a);
-  if (!a.grad_values) {
-    if (a.grad_x) linear_direction(linear_pass(a, false, ix.col_chunks), a.grad_y, a.y_layout, a.threads);
-    if (a.grad_bias) bias_grad(a);
-    return;
-  }
-  // With both gradients, those of values are made where a column's nonzeros pass by for grad_x.
-  const bool together = a.grad_x;
-  const LinearPass<T> back = linear_pass(a, false, together ? ix.col_chunks : nullptr),
-                      weights = linear_pass(a, true, together ? nullptr : ix.row_chunks);
-  const int TL = back.TL;
-  const Share s = share_out(a.N, TL, a.threads, least(ix.rows, ix.cols), false);
-  const int64_t tasks = s.tasks(), length = int64_t(TL) * LANES;
-  // Sums over the samples of several units are made apart, unit by unit or thread by thread, whichever are fewer.
-  const int copies = int(least<int64_t>(s.units(), a.threads));
-  // Columns pass by, so writing gradients of values in CSR order goes all over the array. It is faster to write them in
-  // CSC order and sort them at the end: where they are written more than once, and where rows are short, since threads,
-  // which have columns of their own, would write to each other's cache lines all the time. A thread's piece of a row is
-  // to be two lines or more.
-  const int64_t two_lines = 2 * 64 / int64_t(sizeof(T));
-  const bool short_rows = a.threads > 1 && ix.nnz < two_lines * a.threads * ix.rows;
-  const bool by_columns = together && (!ONE_SUM<T> || short_rows);
-  const int64_t stride = ix.nnz + ix.rows;
-  T* sums = by_columns || copies > 1 ? scratch<T>(slot_sums, stride * copies) : nullptr;
-  const bool start_at_zero = sums && copies > 1;
-  const TeamScratch<T> sources(slot_source, a.threads, together ? 0 : ix.cols * length);
-  const TeamScratch<T> grads(slot_grad, a.threads, ix.rows * length);
-  const TeamScratch<T> groups(slot_dest, a.threads, together ? 2 * run_length(back.chunks) * length : 0);
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
-  {
-    T* packed_x = sources.mine();
-    T* packed_grad = grads.mine();
-    int64_t have = -1;
-    if (start_at_zero) {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < stride * copies; ++i) sums[i] = T(0);
-    }
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < tasks; ++i) {
-      const int64_t u = i / s.parts;
-      const int q = int(i % s.parts);
-      const int64_t r0 = linear_part(ix.rowptr, ix.rows, s.parts, q),
-                    r1 = linear_part(ix.rowptr, ix.rows, s.parts, q + 1);
-      // Without grad_x only the part's own rows of grad_y are read.
-      const int64_t f0 = together ? 0 : r0, f1 = together ? ix.rows : r1;
-      if (have != u || !together)
-        pack_features(a.grad_y, a.y_layout, a.N, ix.rows, TL, u, 0, TL, f0, f1, packed_grad + f0 * length);
-      if (have != u && !together) pack_features(a.x, a.x_layout, a.N, ix.cols, TL, u, 0, TL, 0, ix.cols, packed_x);
-      have = u;
-      T* mine = sums ? sums + stride * (s.units() <= a.threads ? u : team_member()) : nullptr;
-      T* grad_values = mine ? mine : a.grad_values;
-      T* grad_bias = a.grad_bias ? mine ? mine + ix.nnz : a.grad_bias : nullptr;
-      const bool add = start_at_zero || u > 0;
-      if (together) {
-        const Correlation<T> both{a.x, a.x_layout, grad_values, by_columns ? nullptr : ix.csc_to_csr, add};
-        linear_rows(back, packed_grad, u, 0, TL, linear_part(ix.colptr, ix.cols, s.parts, q),
-                    linear_part(ix.colptr, ix.cols, s.parts, q + 1), groups.mine(), &both);
-      }
-      if (!add) {
-        for (int64_t k = ix.rowptr[r0]; !together && k < ix.rowptr[r1]; ++k) grad_values[k] = T(0);
-        for (int64_t r = r0; grad_bias && r < r1; ++r) grad_bias[r] = T(0);
-      }
-      if (!together || grad_bias)
-        linear_correlate(weights, packed_x, packed_grad, r0, r1, together ? nullptr : grad_values, grad_bias);
-    }
-    if (sums) {
-#pragma omp barrier
-      const int32_t* from = by_columns ? ix.csr_to_csc : nullptr;
-      const int64_t piece = 1024;
-#pragma omp for schedule(static) nowait
-      for (int64_t k = 0; k < ix.nnz; k += piece)
-        sum_copies(sums, stride, copies, from, k, least(ix.nnz, k + piece), a.grad_values);
-#pragma omp single nowait
-      if (a.grad_bias) sum_copies(sums + ix.nnz, stride, copies, nullptr, 0, ix.rows, a.grad_bias);
-    }
-  }
+  if (a.grad_x && a.grad_values)
+    backward_both(a);
+  else if (a.grad_x)
+    linear_direction(linear_pass(a, false, ix.col_chunks), a.grad_y, a.y_layout, a.threads);
+  else if (a.grad_values)
+    backward_values(a);
+  if (a.grad_bias) bias_grad(a);
 }

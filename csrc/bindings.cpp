@@ -768,8 +768,8 @@ py::object index_of(int64_t rows, int64_t cols, int64_t most, int threads, Mark 
     std::vector<int32_t> rowptr(size_t(rows + 1));
     PoolArray<uint64_t> marks(size_t(rows * row_words(cols)));
     const int64_t nnz = mark(marks.data(), rowptr.data(), t);
-    if (nnz < 0) refuse("mask", "at most 2147483647 nonzeros", "more");
-    if (nnz <= most) made = std::make_unique<NativeIndex>(rows, cols, nnz, std::move(marks), rowptr, t);
+    if (nnz < 0 && most > INT32_MAX) refuse("mask", "at most 2147483647 nonzeros", "more");
+    if (nnz >= 0 && nnz <= most) made = std::make_unique<NativeIndex>(rows, cols, nnz, std::move(marks), rowptr, t);
   }
   return made ? py::cast(std::move(made)) : py::none();
 }

@@ -239,7 +239,7 @@ class Multilevel:
                 continue
             near = self.optimizer.weaker(module.weight, _SLACK)
             if near is not None:
-                most = int(module._max_density * pattern.rows * pattern.cols)
+                most = int(module._max_density * module.weight.numel())
                 module._pattern = SparsePattern.of_at_most(near[0], most, near[1]) or pattern
             self._wide[name] = module._pattern
 

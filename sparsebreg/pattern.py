@@ -12,7 +12,7 @@ import torch
 
 from sparsebreg import memory
 from sparsebreg._extension import native
-from sparsebreg.errors import expected
+from sparsebreg.errors import check_real, expected
 
 _INT32_MAX = 2**31 - 1
 
@@ -153,17 +153,18 @@ class SparsePattern:
         """The pattern of the nonzeros of ``dense``: float32, float64 or boolean. None for more of them than ``most``.
 
         Args:
-            beyond: of numbers, only those whose magnitude is larger than this.
+            beyond: of numbers, only those whose magnitude is larger than this, at least 0.
 
         Raises:
-            ValueError: for more than 2**31 - 1 nonzeros.
+            ValueError: for more than 2**31 - 1 nonzeros, or a ``beyond`` below 0.
         """
+        check_real("beyond", beyond, low=0)
         shape, rows = tuple(dense.shape), dense.shape[0]
         flat = dense.detach().cpu().reshape(rows, math.prod(shape[1:])).contiguous().numpy()
         if (C := native()) is not None:
             index = C.Index.beyond(flat, beyond, most, torch.get_num_threads())
             return None if index is None else cls._adopt(shape, index)
-        if beyond:
+        if beyond and flat.dtype != bool:
             flat = ~(np.abs(flat) <= beyond)  # NaN counts
         counts = np.count_nonzero(flat, axis=1)
         if counts.sum() > min(most, _INT32_MAX):

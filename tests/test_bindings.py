@@ -205,6 +205,11 @@ CALLS = {
         arrays(dense=(4, 6), values=linear.nnz),
         {"values"},
     ),
+    "gather_all": (
+        lambda a, t: C.gather_all(ix, a["dense"], a["values"], t),
+        arrays(dense=(4, 6), values=linear.nnz),
+        {"values"},
+    ),
     "scatter": (
         lambda a, t: C.scatter(ix, a["values"], a["dense"], t),
         arrays(values=linear.nnz, dense=(4, 6)),

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import sparsebreg as sb
 from sparsebreg.gradient import PendingGrad, resolve
 from sparsebreg.nn import FineConv2d, FineLinear
+from sparsebreg.pattern import SparsePattern
 
 
 def make(dtype):
@@ -69,6 +70,20 @@ def test_output_is_computed_over_the_nonzero_weights(backend):
     cycle(model)
     model[4](torch.randn(3, 72, dtype=torch.float64))
     assert model[4]._pattern.nnz == model[4].weight.count_nonzero()
+
+
+def test_known_pattern_with_more_weights_than_allowed(backend):
+    """A wide pattern that holds all nonzeros is not good enough where they alone make a sparser one."""
+    model = make(torch.float64)
+    cycle(model)
+    layer, x = model[4], torch.randn(3, 72, dtype=torch.float64)
+    layer._pattern = SparsePattern.from_mask(torch.ones_like(layer.weight, dtype=torch.bool))
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert layer._pattern.nnz == layer.weight.count_nonzero()
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert layer._pattern is None
 
 
 @pytest.mark.parametrize("make_optimizer", [sb.LinBreg, sb.AdaBreg, sb.ProxSGD])

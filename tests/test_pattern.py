@@ -122,6 +122,12 @@ def test_of_at_most_beyond(dtype, builder):
     count = int(wanted.sum())
     assert SparsePattern.of_at_most(dense, count, 0.25) == SparsePattern.from_mask(wanted)
     assert SparsePattern.of_at_most(dense, count - 1, 0.25) is None
+    strided = dense.t().contiguous().t()
+    assert SparsePattern.of_at_most(strided, count, 0.25) == SparsePattern.from_mask(wanted)
+    assert torch.equal(SparsePattern.from_nonzeros(dense).gather_all(strided).nan_to_num(), dense.view(-1).nan_to_num())
+    assert SparsePattern.of_at_most(wanted, count, 2.0) == SparsePattern.from_mask(wanted)  # a mask has no magnitudes
+    with pytest.raises(ValueError, match="beyond: expected"):
+        SparsePattern.of_at_most(dense, count, -1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])

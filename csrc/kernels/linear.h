@@ -323,7 +323,7 @@ void bias_grad(const LinearArgs<T>& a) {
   const int64_t rows = a.index.rows;
   constexpr int64_t piece = 64, block = 64;  // sums of sums round less
   const bool plain = a.y_layout == Layout::plain;
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1 && rows > piece) schedule(static)
   for (int64_t r0 = 0; r0 < rows; r0 += piece) {
     const int64_t n = least(piece, rows - r0);
     T total[piece] = {};

@@ -70,7 +70,8 @@ SB_INLINE int64_t mark_words(const T* dense, int64_t rows, int64_t cols, Word wo
 
 template <class T>
 int64_t mark_nonzeros(const T* dense, int64_t rows, int64_t cols, uint64_t* bits, int32_t* rowptr, int threads) {
-  return mark_words(dense, rows, cols, nonzero_word<T>, bits, rowptr, threads);
+  const auto word = [](const T* d) { return nonzero_word<T>(d); };  // a function itself would not be inlined
+  return mark_words(dense, rows, cols, word, bits, rowptr, threads);
 }
 
 template <class T>

@@ -113,12 +113,12 @@ template <class T>
 void product_rows(const GradFactors<T>& f, int64_t r0, int64_t r1, T* dst) {
   const int64_t blocks = div_up(f.N, GRAD_SAMPLES), whole = f.cols / GRAD_STRIP, rest = f.cols % GRAD_STRIP;
   // While a block of a strip is read, the next is fetched, a part with every row: all its samples are wanted at once.
-  constexpr int64_t line = 64 / sizeof(T), lines = GRAD_SAMPLES * GRAD_STRIP / line;
-  const int64_t part = div_up(lines, r1 - r0) * line;
+  constexpr int64_t line = 64 / sizeof(T);
+  const int64_t lines = least<int64_t>(GRAD_SAMPLES, f.N) * GRAD_STRIP / line, part = div_up(lines, r1 - r0) * line;
   for (int64_t s = 0; s < whole; ++s) {
     T* to = dst + s * GRAD_STRIP;
     for (int64_t block = 0; block < blocks; ++block) {
-      const T* next = f.strips + (s * f.N + (block + 1) * GRAD_SAMPLES) * GRAD_STRIP;
+      const T* next = f.strips + (s * f.N + least(f.N, (block + 1) * GRAD_SAMPLES)) * GRAD_STRIP;
       for (int64_t r = r0; r < r1; ++r) {
         for (int64_t i = 0; i < part; i += line) __builtin_prefetch(next + (r - r0) * part + i);
         if (block == 0)

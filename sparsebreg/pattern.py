@@ -45,16 +45,19 @@ def kth_largest(values: torch.Tensor, k: int) -> float:
 def largest(score: torch.Tensor, count: int, among: torch.Tensor | None = None) -> torch.Tensor:
     """Boolean mask of the ``count`` largest entries; of equal ones the first. ``among``: of those in this mask only."""
     flat = score.detach().reshape(-1)
-    pool = flat if among is None else flat[among.reshape(-1)]
+    places = None if among is None else among.reshape(-1).nonzero()[:, 0]
+    pool = flat if places is None else flat[places]
     count = min(count, len(pool))
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     bound = kth_largest(pool, count)
-    mask, equal = flat > bound, flat == bound
-    if among is not None:
-        mask, equal = mask & among.reshape(-1), equal & among.reshape(-1)
-    mask[equal.nonzero()[: count - count_nonzero(mask), 0]] = True
-    return mask.view(score.shape)
+    chosen = pool >= bound
+    if (extra := count_nonzero(chosen) - count) > 0:
+        chosen[(pool == bound).nonzero()[-extra:, 0]] = False
+    if places is not None:
+        chosen, inside = torch.zeros_like(flat, dtype=torch.bool), chosen
+        chosen[places[inside]] = True
+    return chosen.view(score.shape)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -171,6 +171,8 @@ def test_kth_largest_and_largest(dtype):
     order = [3, 0, 5, 1]
     assert masks == [sorted(order[:k]) for k in range(5)]
     assert torch.equal(pattern.largest(values.view(2, 3), 6, among), among)
+    ties = torch.zeros(5).to(dtype)
+    assert [pattern.largest(ties, k).tolist() for k in (1, 4)] == [[True] + 4 * [False], 4 * [True] + [False]]
     if dtype.is_floating_point:
         values[1] = float("nan")
         assert pattern.kth_largest(values, 1) != pattern.kth_largest(values, 1)

@@ -559,6 +559,22 @@ void take_gradient(Args& a, const Gradient& g, GradFactors<T>& room, int threads
   }
 }
 
+// Where a step gathers what it moves to: an index, and an array for its values.
+using MaybeGather = std::optional<std::tuple<const NativeIndex*, Array>>;
+
+// Sets a.gather to `room`; a.n and a.threads are known.
+template <class Args, class T>
+void set_gather(Args& a, const MaybeGather& gather, GatherArgs<T>& room) {
+  if (!gather) return;
+  const auto& [pattern, values] = *gather;
+  if (!pattern) throw py::type_error("gather: expected an Index and an array, got None");
+  const Index& ix = pattern->index;
+  if (ix.rows * ix.cols != a.n)
+    refuse("gather", "an index of " + std::to_string(a.n) + " places", std::to_string(ix.rows * ix.cols));
+  room = {&ix, pattern->marks(a.threads), out<T>("values", values, ix.nnz)};
+  a.gather = &room;
+}
+
 template <class T>
 StepArgs<T> step_args(const Array& p, const Gradient& g, GradFactors<T>& factors, const Maybe& m, const Maybe& active,
                       double lr, double beta, double lam, double weight_decay, bool maximize, int threads) {
@@ -574,20 +590,28 @@ StepArgs<T> step_args(const Array& p, const Gradient& g, GradFactors<T>& factors
   return a;
 }
 
-void linbreg_step(const Array& p, const Gradient& g, const Array& v, const Maybe& m, const Maybe& active, double lr,
-                  double beta, double delta, double lam, double weight_decay, bool maximize, int threads) {
+// Steps say whether every nonzero weight stands in the index of `gather`; without one, yes.
+
+bool linbreg_step(const Array& p, const Gradient& g, const Array& v, const Maybe& m, const Maybe& active, double lr,
+                  double beta, double delta, double lam, double weight_decay, bool maximize, const MaybeGather& gather,
+                  int threads) {
+  bool inside = true;
   for_dtype(p, [&](auto zero) {
     using T = decltype(zero);
     GradFactors<T> factors;
+    GatherArgs<T> gathered;
     StepArgs<T> a = step_args<T>(p, g, factors, m, active, lr, beta, lam, weight_decay, maximize, threads);
     a.v = out<T>("v", v, a.n);
     a.delta = delta;
+    set_gather(a, gather, gathered);
     py::gil_scoped_release nogil;
-    kernels_of<T>().linbreg_step(a);
+    inside = kernels_of<T>().linbreg_step(a);
   });
+  return inside;
 }
 
-void l1_shift(const Array& p, const Array& v, double delta, double lam, int threads) {
+bool l1_shift(const Array& p, const Array& v, double delta, double lam, const MaybeGather& gather, int threads) {
+  bool inside = true;
   for_dtype(p, [&](auto zero) {
     using T = decltype(zero);
     StepArgs<T> a{};
@@ -596,26 +620,34 @@ void l1_shift(const Array& p, const Array& v, double delta, double lam, int thre
     a.v = out<T>("v", v, a.n);
     a.delta = delta, a.lam = lam;
     a.threads = team(threads, double(a.n));
+    GatherArgs<T> gathered;
+    set_gather(a, gather, gathered);
     py::gil_scoped_release nogil;
-    kernels_of<T>().l1_shift(a);
+    inside = kernels_of<T>().l1_shift(a);
   });
+  return inside;
 }
 
-void proxsgd_step(const Array& p, const Gradient& g, const Maybe& m, const Maybe& active, double lr, double beta,
-                  double lam, double weight_decay, bool maximize, int threads) {
+bool proxsgd_step(const Array& p, const Gradient& g, const Maybe& m, const Maybe& active, double lr, double beta,
+                  double lam, double weight_decay, bool maximize, const MaybeGather& gather, int threads) {
+  bool inside = true;
   for_dtype(p, [&](auto zero) {
     using T = decltype(zero);
     GradFactors<T> factors;
-    const StepArgs<T> a = step_args<T>(p, g, factors, m, active, lr, beta, lam, weight_decay, maximize, threads);
+    GatherArgs<T> gathered;
+    StepArgs<T> a = step_args<T>(p, g, factors, m, active, lr, beta, lam, weight_decay, maximize, threads);
+    set_gather(a, gather, gathered);
     py::gil_scoped_release nogil;
-    kernels_of<T>().proxsgd_step(a);
+    inside = kernels_of<T>().proxsgd_step(a);
   });
+  return inside;
 }
 
-void adabreg_step(const Array& p, const Gradient& g, const Array& v, const Array& m, const Array& s,
+bool adabreg_step(const Array& p, const Gradient& g, const Array& v, const Array& m, const Array& s,
                   const Maybe& active, double lr, double beta1, double beta2, double eps, double correction1,
                   double correction2, double delta, double lam, double weight_decay, bool decoupled, bool maximize,
-                  int threads) {
+                  const MaybeGather& gather, int threads) {
+  bool inside = true;
   for_dtype(p, [&](auto zero) {
     using T = decltype(zero);
     const int64_t n = p.size;
@@ -633,9 +665,12 @@ void adabreg_step(const Array& p, const Gradient& g, const Array& v, const Array
     a.delta = delta, a.lam = lam, a.weight_decay = weight_decay;
     a.sign = maximize ? -1.0 : 1.0;
     a.decoupled = decoupled;
+    GatherArgs<T> gathered;
+    set_gather(a, gather, gathered);
     py::gil_scoped_release nogil;
-    kernels_of<T>().adabreg_step(a);
+    inside = kernels_of<T>().adabreg_step(a);
   });
+  return inside;
 }
 
 // geometry: H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW. Without grad_y: forward into y and codes; else into grad_x.

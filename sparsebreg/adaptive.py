@@ -32,7 +32,7 @@ _FREE = 0.25
 _FLOOR = 1e-30
 
 #: Weights that a quantile looks at; more are sampled.
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 14
 
 
 class LambdaScheduler:
@@ -259,7 +259,9 @@ class LambdaScheduler:
         for i, j in self._places:
             p = self.optimizer.param_groups[i]["params"][j]
             state = self.optimizer.state.get(p, {})
-            active = state.get("active", p.detach())
+            layer = self.optimizer.fine_layers.get(p)
+            kept = None if layer is None else layer.kept  # the nonzeros, or None
+            active = state.get("active", p.detach() if kept is None else kept)
             counts.append(p.numel() if p in self.optimizer.patterns else count_nonzero(active))
         return counts
 
@@ -289,13 +291,13 @@ class LambdaScheduler:
         self._signs[k] = sign
         gap = max(-1.0, min(1.0, gap))
         ratio = math.exp(self._gains[k] * gap)
-        bound = self._exact(self._units[k], goal)
-        if bound is None:
+        doubled = density >= 2 * goal
+        if (self._gains[k] <= _FREE and not doubled) or (bound := self._exact(self._units[k], goal)) is None:
             return ratio
         least = math.exp(min(_FREE, self._gains[k]) * gap)
         if gap < 0:
             return max(ratio, min(least, bound))
-        half = self._exact(self._units[k], max(goal, density / 2)) if density >= 2 * goal else None
+        half = self._exact(self._units[k], max(goal, density / 2)) if doubled else None
         return max(min(ratio, max(least, bound)), half or 0.0)
 
     def _exact(self, unit: list[int], goal: float) -> float | None:
@@ -339,8 +341,9 @@ class LambdaScheduler:
         reg, delta = group["reg"], group["delta"]
         C = native() if self.on_change == "shift" and type(reg) is L1 else None
         if C is not None and (arrays := shared(p, (p, dual))) is not None:
-            C.l1_shift(*arrays, delta, reg.lam, torch.get_num_threads())
-            torch.autograd.graph.increment_version(p)  # written behind autograd's back
+            gather = self.optimizer._gather(p)
+            inside = C.l1_shift(*arrays, delta, reg.lam, gather, torch.get_num_threads())
+            self.optimizer._moved(p, gather, inside)
             return
         if self.on_change == "rescale" and ratio < 1:
             dual.copy_(torch.where(p == 0, dual * ratio, dual))

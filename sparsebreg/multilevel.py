@@ -24,9 +24,14 @@ from sparsebreg.schedules import Level, PlateauCoarse
 
 PHASES = ("fine", "coarse")
 
-#: In fine steps in a row a layer computes over those weights, too, that a regularizer weaker by this part would let be
-#: active: a few per cent more, and hardly any weight wakes outside of them for some twenty steps.
-_SLACK = 0.1
+#: In fine steps in a row a layer computes over those weights, too, that a regularizer weaker by a certain part would
+#: let be active: a few per cent more, and for some steps no weight wakes outside of them. The part at first, its bounds.
+_SLACK, _LEAST_SLACK, _MOST_SLACK = 0.1, 0.05, 0.4
+
+#: It grows where such a pattern held for fewer steps than the first number, and shrinks where it held for more than the
+#: second: to make a pattern takes about as long as a tenth more weights do over so many steps.
+_HELD = 8, 24
+_CHANGE = 1.25
 
 
 class Multilevel:
@@ -108,6 +113,9 @@ class Multilevel:
         self._masks: dict[str, Any] = {}
         #: Patterns of the fine phase that need not be widened.
         self._wide: dict[str, SparsePattern] = {}
+        #: For how many steps those hold that got room, and how much room.
+        self._held: dict[str, int] = {}
+        self._slack: dict[str, float] = {}
         #: Of the levels inside the frozen pattern that the present one is in: what may move, by parameter name.
         self._inner: list[dict[str, torch.Tensor]] = []
         self._enter_fine()
@@ -211,6 +219,7 @@ class Multilevel:
     def thaw(self) -> None:
         """Thaws; the next step is a fine one. Call it at the end of training to have the dense model back."""
         self._enter_fine()
+        self.optimizer.fine_layers = {}
         for name in self._able:
             to_plain(self.model.get_submodule(name))
 
@@ -227,7 +236,9 @@ class Multilevel:
             module = self.model.get_submodule(name)
             to_fine(module, self._patterns.get(name), 1 - self._decider.least_sparsity(name, module))
         self.phase, self.coarse_done = "fine", 0
-        self._wide = dict(self._patterns)
+        modules = [self.model.get_submodule(n) for n in self._able]
+        self.optimizer.fine_layers = {m.weight: m for m in modules}
+        self._wide, self._held = dict(self._patterns), {}
         self._patterns, self._masks = {}, {}
 
     def _widen(self) -> None:
@@ -235,10 +246,19 @@ class Multilevel:
         for name in self._able:
             module = self.model.get_submodule(name)
             pattern = getattr(module, "_pattern", None)
-            if pattern is None or pattern is self._wide.get(name):
+            if pattern is None:
                 continue
-            near = self.optimizer.weaker(module.weight, _SLACK)
+            if pattern is self._wide.get(name) and not module.outgrown:
+                if name in self._held:
+                    self._held[name] += 1
+                continue
+            slack = self._slack.get(name, _SLACK)
+            if name in self._held:
+                slack *= _CHANGE if self._held[name] < _HELD[0] else 1 / _CHANGE if self._held[name] > _HELD[1] else 1
+                self._slack[name] = slack = min(_MOST_SLACK, max(_LEAST_SLACK, slack))
+            near = self.optimizer.weaker(module.weight, slack)
             if near is not None:
+                self._held[name] = 0
                 most = int(module._max_density * module.weight.numel())
                 module._pattern = SparsePattern.of_at_most(near[0], most, near[1]) or pattern
             self._wide[name] = module._pattern
@@ -246,7 +266,7 @@ class Multilevel:
     def _carry_out(self, plan: Plan) -> None:
         carry_out(self.model, plan, self.optimizer, keep_grads=False)
         self._patterns, self._masks, self.report = plan.patterns, plan.masks, plan.report
-        self._wide = {}
+        self._wide, self._held, self.optimizer.fine_layers = {}, {}, {}
         for name in self._able:
             if name not in plan.patterns:  # too dense for now
                 to_plain(self.model.get_submodule(name))
@@ -266,6 +286,8 @@ class Multilevel:
             "schedule": self.schedule.state_dict() if isinstance(self.schedule, PlateauCoarse) else {},
             "patterns": {n: p.state_dict() for n, p in (self._patterns or fine).items()},
             "wide": [n for n, p in fine.items() if p is self._wide.get(n)],
+            "held": dict(self._held),
+            "slack": dict(self._slack),
             "masks": dict(self._masks),
             "decisions": self._decider.state_dict(),
             "inner": [dict(masks) for masks in self._inner],
@@ -333,6 +355,8 @@ class Multilevel:
             self._patterns = patterns
             self._enter_fine()
             self._wide = {n: patterns[n] for n in state.get("wide", ()) if n in patterns}
+            self._held = dict(state.get("held", {}))
+        self._slack = dict(state.get("slack", {}))
         self.phase, self.coarse_done, self.coarse_steps = phase, coarse_done, coarse_steps
         self.fine_done, self.cycles = fine_done, cycles
         if isinstance(self.schedule, PlateauCoarse) and state["schedule"]:

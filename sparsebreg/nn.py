@@ -258,17 +258,47 @@ class _Fine:
 
     Output and grad_x need the active weights only; the gradient of the weight is full. The pattern is that of the last
     static phase, or a wider one of the cycle, while the nonzeros stay inside of it; where they do not, it is made anew.
+    In training the values are those that the optimizer's step has gathered, unless something wrote to the weight since.
+    (What is written to ``weight.data`` counts from the next step on, as torch does not tell of it.)
     """
 
     _pattern: SparsePattern | None
     _max_density: float
+    #: Of the latest step: values, or None where a nonzero was outside of the pattern; and of which weight and pattern.
+    _kept: tuple[torch.Tensor | None, SparsePattern, int, int] | None
+
+    def keep(self, values: torch.Tensor | None) -> None:
+        """Takes the weight's values on ``_pattern``; None says that the pattern does not hold all nonzeros."""
+        self._kept = values, self._pattern, self.weight._version, self.weight.data_ptr()
+
+    def _still(self) -> bool:
+        """Whether what was kept is of the present weight and pattern."""
+        if self._kept is None:
+            return False
+        _, pattern, version, place = self._kept
+        return pattern is self._pattern and version == self.weight._version and place == self.weight.data_ptr()
+
+    @property
+    def kept(self) -> torch.Tensor | None:
+        """The values that the latest step has gathered; None where they do not hold all nonzeros of the weight."""
+        return self._kept[0] if self._still() else None
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether the latest step left nonzeros outside of the pattern."""
+        return self._still() and self._kept[0] is None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}  # a copy has a weight of its own
 
     def _active(self) -> torch.Tensor | None:
         """Values on an up-to-date ``_pattern``; None where the layer is not sparse enough."""
         weight = self.weight.detach().contiguous()
         known, most = self._pattern, int(self._max_density * weight.numel())
-        if known is not None and known.nnz <= most and (values := known.gather_all(weight)) is not None:
-            return values
+        if known is not None and known.nnz <= most:
+            values = self._kept[0] if self.training and self._still() else known.gather_all(weight)
+            if values is not None:
+                return values
         self._pattern = SparsePattern.of_at_most(weight, most)
         return None if self._pattern is None else self._pattern.gather(weight)
 
@@ -296,7 +326,7 @@ _PLAIN = {v: k for k, v in _FINE.items()}
 def to_fine(module: nn.Module, pattern: SparsePattern | None, max_density: float) -> None:
     """Makes a dense layer compute over its nonzero weights while it keeps its full gradient; in place."""
     module.__class__ = _FINE.get(type(module), type(module))
-    module._pattern, module._max_density = pattern, max_density
+    module._pattern, module._max_density, module._kept = pattern, max_density, None
 
 
 def kind(module: nn.Module) -> str:
@@ -308,7 +338,7 @@ def to_plain(module: nn.Module) -> None:
     """Undoes :func:`to_fine`."""
     if type(module) in _PLAIN:
         module.__class__ = _PLAIN[type(module)]
-        del module._pattern, module._max_density
+        del module._pattern, module._max_density, module._kept
 
 
 class _Swapped:

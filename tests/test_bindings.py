@@ -104,19 +104,23 @@ CALLS = {
         {"dst"},
     ),
     "linbreg_step": (
-        lambda a, t: C.linbreg_step(a["p"], a["g"], a["v"], a["m"], a["active"], 0.1, 0.9, 1.0, 0.1, 0.0, False, t),
-        {**arrays(p=7, g=7, v=7, m=7), "active": np.ones(7, dtype=bool)},
-        {"p", "v", "m"},
+        lambda a, t: C.linbreg_step(
+            a["p"], a["g"], a["v"], a["m"], a["active"], 0.1, 0.9, 1.0, 0.1, 0.0, False, (ix, a["values"]), t
+        ),
+        {**arrays(p=24, g=24, v=24, m=24, values=linear.nnz), "active": np.ones(24, dtype=bool)},
+        {"p", "v", "m", "values"},
     ),
     "l1_shift": (
-        lambda a, t: C.l1_shift(a["p"], a["v"], 1.0, 0.1, t),
-        arrays(p=7, v=7),
-        {"p", "v"},
+        lambda a, t: C.l1_shift(a["p"], a["v"], 1.0, 0.1, (ix, a["values"]), t),
+        arrays(p=24, v=24, values=linear.nnz),
+        {"p", "v", "values"},
     ),
     "proxsgd_step": (
-        lambda a, t: C.proxsgd_step(a["p"], a["g"], a["m"], a["active"], 0.1, 0.9, 0.1, 0.0, False, t),
-        {**arrays(p=7, g=7, m=7), "active": np.ones(7, dtype=bool)},
-        {"p", "m"},
+        lambda a, t: C.proxsgd_step(
+            a["p"], a["g"], a["m"], a["active"], 0.1, 0.9, 0.1, 0.0, False, (ix, a["values"]), t
+        ),
+        {**arrays(p=24, g=24, m=24, values=linear.nnz), "active": np.ones(24, dtype=bool)},
+        {"p", "m", "values"},
     ),
     "adabreg_step": (
         lambda a, t: C.adabreg_step(
@@ -137,10 +141,11 @@ CALLS = {
             0.0,
             False,
             False,
+            (ix, a["values"]),
             t,
         ),
-        {**arrays(p=7, g=7, v=7, m=7, s=7), "active": np.ones(7, dtype=bool)},
-        {"p", "v", "m", "s"},
+        {**arrays(p=24, g=24, v=24, m=24, s=24, values=linear.nnz), "active": np.ones(24, dtype=bool)},
+        {"p", "v", "m", "s", "values"},
     ),
     "max_pool_forward": (
         lambda a, t: C.max_pool(2, POOL, a["x"], a["y"], a["codes"], None, None, t),
@@ -224,6 +229,15 @@ def test_every_kernel_is_here():
     starts = ("linear_", "weight_", "conv2d_", "norm_", "max_pool")
     kernels = {n for n in dir(C) if n.startswith(starts) or n.endswith("_step")}
     assert kernels <= {*CALLS, "max_pool"}
+
+
+def test_where_a_step_gathers():
+    p, v, values = (np.zeros(n, np.float32) for n in (23, 23, linear.nnz))
+    with pytest.raises(ValueError, match="gather: expected an index of 23 places, got 24"):
+        C.l1_shift(p, v, 1.0, 0.1, (ix, values), 1)
+    with pytest.raises(TypeError, match="gather: expected an Index and an array, got None"):
+        C.l1_shift(p, v, 1.0, 0.1, (None, values), 1)
+    assert C.l1_shift(p, v, 1.0, 0.1, None, 1)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparsebreg as sb
+from sparsebreg import _extension
 from sparsebreg.gradient import PendingGrad, resolve
 from sparsebreg.nn import FineConv2d, FineLinear
 from sparsebreg.pattern import SparsePattern
@@ -150,6 +151,112 @@ def test_weights_may_be_written_to_at_any_time(backend, how):
     torch.testing.assert_close(model[4](h), F.linear(h, new, model[4].bias))
 
 
+def steps(ml, count=1):
+    """Fine steps of two linear layers."""
+    model = ml.model
+    for _ in range(count):
+        ml.optimizer.zero_grad()
+        x = torch.randn(20, 30, dtype=torch.float64)
+        model(x).square().sum().backward()
+        ml.step()
+
+
+@pytest.fixture
+def in_a_row(backend):
+    """A cycle of fine steps alone, some of which were taken."""
+    torch.manual_seed(0)
+    model = sb.sparse_init_(nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 20)).double(), 0.1)
+    optimizer = sb.LinBreg(sb.param_groups(model, sb.L1(0.05)), lr=0.001)
+    ml = sb.Multilevel(model, optimizer, 0, sb.SparsifyConfig(decide="always"))
+    steps(ml, 3)
+    return ml
+
+
+def test_steps_gather_the_weights_that_they_move(in_a_row):
+    for layer in in_a_row.model[::2]:
+        if _extension.native():  # whose steps serve every backend
+            assert torch.equal(layer.kept, layer._pattern.gather(layer.weight))
+        else:
+            assert layer.kept is None
+
+
+@pytest.mark.parametrize("how", ["in_place", "detached", "other_tensor", "data", "load", "lam"])
+def test_gathered_weights_are_not_used_once_they_are_others(in_a_row, how):
+    layer, optimizer = in_a_row.model[2], in_a_row.optimizer
+    new = torch.randn_like(layer.weight) * (torch.rand_like(layer.weight) < 0.2)
+    with torch.no_grad():
+        if how == "in_place":
+            layer.weight.copy_(new)
+        elif how == "detached":
+            layer.weight.detach().copy_(new)
+        elif how == "other_tensor":
+            layer.weight.data = new
+        elif how == "data":  # of this torch does not tell
+            layer.weight.data.copy_(new)
+            layer.eval()
+        elif how == "load":
+            layer.load_state_dict({"weight": new, "bias": layer.bias})
+        else:
+            sb.LambdaScheduler(in_a_row, 0.99, gain=1.0, every=1).step()
+            new = layer.weight.clone()
+    h = torch.randn(3, 40, dtype=torch.float64)
+    torch.testing.assert_close(layer(h), F.linear(h, new, layer.bias))
+    layer.train()
+    steps(in_a_row, 2)
+    torch.testing.assert_close(layer(h), F.linear(h, layer.weight, layer.bias))
+    assert optimizer.fine_layers[layer.weight] is layer
+
+
+def test_what_wakes_outside_of_a_pattern_is_seen_at_once(in_a_row):
+    layer = in_a_row.model[2]
+    narrow = SparsePattern.from_mask(torch.zeros_like(layer.weight, dtype=torch.bool))
+    layer._pattern = in_a_row._wide["2"] = narrow
+    steps(in_a_row)
+    if _extension.native():
+        assert layer._pattern is not narrow, "the cycle has made a wider one"
+    h = torch.randn(3, 40, dtype=torch.float64)
+    torch.testing.assert_close(layer(h), F.linear(h, layer.weight, layer.bias))
+    assert layer._pattern.nnz >= layer.weight.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("lr", [1e-5, 0.01])
+def test_patterns_get_the_room_that_they_need(lr):
+    """Where weights wake at every step patterns get more, where none does less; a copy of the state goes on with it."""
+    model = sb.sparse_init_(nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 20)).double(), 0.1)
+    ml = sb.Multilevel(
+        model, sb.LinBreg(sb.param_groups(model, sb.L1(0.05)), lr=lr), 0, sb.SparsifyConfig(decide="always")
+    )
+    room = []
+    for _ in range(60):
+        steps(ml)
+        assert all(model[i]._pattern.nnz >= model[i].weight.count_nonzero() for i in (0, 2))
+        room.append(dict(ml._slack))
+    if lr < 0.001:
+        assert not room[-1], "no pattern was outgrown"
+    else:
+        assert room[-1]
+        assert all(slack > 0.1 for slack in room[-1].values())
+        assert all(slack <= 0.4 for slack in room[-1].values())
+    other = copy.deepcopy(model)
+    resumed = sb.Multilevel(
+        other, sb.LinBreg(sb.param_groups(other, sb.L1(0.05)), lr=lr), 0, sb.SparsifyConfig(decide="always")
+    )
+    resumed.load_state_dict(ml.state_dict())
+    assert (resumed._slack, resumed._held) == (ml._slack, ml._held)
+
+
+def test_copies_in_the_middle_of_fine_steps(in_a_row):
+    h = torch.randn(3, 30, dtype=torch.float64)
+    wanted = in_a_row.model(h)
+    for other in (copy.deepcopy(in_a_row.model), pickle.loads(pickle.dumps(in_a_row.model))):
+        assert torch.equal(other(h), wanted)
+        assert other[0].kept is None
+        with torch.no_grad():
+            other[0].weight.zero_()
+        assert torch.equal(other[0](h), other[0].bias.expand(3, -1))
+    assert torch.equal(in_a_row.model(h), wanted)
+
+
 def test_layers_that_are_too_dense_compute_densely():
     model = make(torch.float64)
     cycle(model)
@@ -169,7 +276,8 @@ def test_thaw_gives_plain_layers_back():
         ml.step()
     ml.thaw()
     assert [type(m) for m in model] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Flatten, nn.Linear]
-    assert not [k for m in model for k in m.__dict__ if k in ("_pattern", "_max_density")]
+    assert not [k for m in model for k in m.__dict__ if k in ("_pattern", "_max_density", "_kept")]
+    assert not ml.optimizer.fine_layers
 
 
 def test_copies_and_pickles_compute_the_same():

@@ -275,13 +275,13 @@ def test_the_extension_refuses_what_does_not_fit():
     assert C.Gradient.of(8, 4, 6, torch.ones(8, 4), x, 0.5, 1) is None
     assert C.Gradient.of(0, 4, 6, g[:0], x[:0], 0.5, 1) is None
     p, v = torch.zeros(24), torch.zeros(24)
-    C.linbreg_step(p, factors, v, None, None, 0.1, 0.0, 1.0, 0.1, 0.0, False, 1)
+    C.linbreg_step(p, factors, v, None, None, 0.1, 0.0, 1.0, 0.1, 0.0, False, None, 1)
     with pytest.raises(ValueError, match="g: expected 23 elements, got 24"):
-        C.linbreg_step(p[1:], factors, v[1:], None, None, 0.1, 0.0, 1.0, 0.1, 0.0, False, 1)
+        C.linbreg_step(p[1:], factors, v[1:], None, None, 0.1, 0.0, 1.0, 0.1, 0.0, False, None, 1)
     with pytest.raises(TypeError, match="g: expected an array or a Gradient, got None"):
-        C.linbreg_step(p, None, v, None, None, 0.1, 0.0, 1.0, 0.1, 0.0, False, 1)
+        C.linbreg_step(p, None, v, None, None, 0.1, 0.0, 1.0, 0.1, 0.0, False, None, 1)
     with pytest.raises(TypeError, match="g: expected dtype float64, got float32"):
-        C.linbreg_step(p.double(), factors, v.double(), None, None, 0.1, 0.0, 1.0, 0.1, 0.0, False, 1)
+        C.linbreg_step(p.double(), factors, v.double(), None, None, 0.1, 0.0, 1.0, 0.1, 0.0, False, None, 1)
     with pytest.raises(ValueError, match="grad_y: expected 40 elements, got 32"):
         C.Gradient.of(8, 5, 6, g, x, 0.5, 1)
     with pytest.raises(ValueError, match="x: expected 56 elements, got 48"):

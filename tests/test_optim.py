@@ -395,3 +395,26 @@ class TestBadInput:
         p.grad = torch.eye(2).to_sparse()
         with pytest.raises(RuntimeError, match="grad: expected dense gradients, got a sparse one"):
             cls([p]).step()
+
+
+def test_zero_grad():
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = sb.LinBreg([{"params": [p]}, {"params": [q]}])
+    (p + q).sum().backward()
+    optimizer.zero_grad(set_to_none=False)
+    assert [g.tolist() for g in (p.grad, q.grad)] == [[0, 0, 0]] * 2
+    optimizer.zero_grad()
+    assert p.grad is None
+    assert q.grad is None
+    with torch.profiler.profile() as profile:
+        optimizer.zero_grad()
+    assert "Optimizer.zero_grad#LinBreg.zero_grad" in {e.key for e in profile.key_averages()}
+
+
+def test_copies_of_an_optimizer_gather_for_no_layer():
+    model = sb.sparse_init_(nn.Sequential(nn.Linear(20, 30)), 0.1)
+    optimizer = sb.LinBreg(sb.param_groups(model, sb.L1(0.1)))
+    sb.Multilevel(model, optimizer, 0, sb.SparsifyConfig(decide="always"))
+    assert list(optimizer.fine_layers) == [model[0].weight]
+    assert not copy.deepcopy(optimizer).fine_layers
+    assert not pickle.loads(pickle.dumps(optimizer)).fine_layers

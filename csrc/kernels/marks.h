@@ -80,18 +80,22 @@ int64_t mark_beyond(const T* dense, int64_t rows, int64_t cols, T bound, uint64_
   return mark_words(dense, rows, cols, word, bits, rowptr, threads);
 }
 
-// values[k] = dense[row of k][col[k]] if every nonzero of dense stands in the index, whose marks are `bits`; else says
-// false, and values are undefined. A row is gathered while it is in the first-level cache.
+// values[k] = row[col[k]] for row r of the index if every nonzero of `row` stands there, where the index's marks are
+// `bits`; else says false, and its values are undefined.
+template <class T>
+SB_INLINE bool gather_row(const T* row, const Index& ix, const uint64_t* bits, int64_t r, T* values) {
+  bits += r * row_words(ix.cols);
+  const bool all =
+      each_word(row, ix.cols, nonzero_word<T>, [&](int64_t w, uint64_t word) { return !(word & ~bits[w]); });
+  for (int32_t k = ix.rowptr[r]; all && k < ix.rowptr[r + 1]; ++k) values[k] = row[ix.col[k]];
+  return all;
+}
+
+// The same of all rows of dense, each gathered while it is in the first-level cache.
 template <class T>
 bool gather_all(const T* dense, const Index& ix, const uint64_t* bits, T* values, int threads) {
-  const int64_t words = row_words(ix.cols);
   bool all = true;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static) reduction(&& : all)
-  for (int64_t r = 0; r < ix.rows; ++r) {
-    const T* row = dense + r * ix.cols;
-    all = all && each_word(row, ix.cols, nonzero_word<T>,
-                           [&](int64_t w, uint64_t word) { return !(word & ~bits[r * words + w]); });
-    for (int32_t k = ix.rowptr[r]; all && k < ix.rowptr[r + 1]; ++k) values[k] = row[ix.col[k]];
-  }
+  for (int64_t r = 0; r < ix.rows; ++r) all = all && gather_row(dense + r * ix.cols, ix, bits, r, values);
   return all;
 }

@@ -4,28 +4,40 @@ template <class A>
 using Gradient = decltype(A::g);
 
 // Calls masked or plain(a, gradient of the first weight, begin, count) piece by piece: a piece of all arrays fits into
-// a first-level cache. Of a gradient in factors some rows are made first, in scratch.
+// a first-level cache. Of a gradient in factors some rows are made first, in scratch. What is to be gathered of a row is
+// gathered once it was moved; says whether all of it stood in the index.
 template <class A>
-void in_pieces(const A& a, void (*masked)(const A&, Gradient<A>, int64_t, int64_t),
+bool in_pieces(const A& a, void (*masked)(const A&, Gradient<A>, int64_t, int64_t),
                void (*plain)(const A&, Gradient<A>, int64_t, int64_t)) {
+  using T = std::decay_t<decltype(*a.p)>;
   const int64_t piece = 1024;
-  const auto some = [&](Gradient<A> g, int64_t begin, int64_t n) { (a.active ? masked : plain)(a, g, begin, n); };
-  if (a.factors) {
-    const auto& f = *a.factors;
-    using T = std::decay_t<decltype(*a.p)>;
-    const int64_t step = rows_at_once(f, a.threads);
-    const TeamScratch<T> gradients(slot_dest, a.threads, size_t(step * f.cols));
+  const auto move = [&](Gradient<A> g, int64_t begin, int64_t n) {
+    for (int64_t k = 0; k < n; k += piece)
+      (a.active ? masked : plain)(a, g ? g + k : nullptr, begin + k, least(piece, n - k));
+  };
+  if (!a.factors && !a.gather) {
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
-    for (int64_t r = 0; r < f.rows; r += step) {
-      const int64_t end = least(f.rows, r + step), n = (end - r) * f.cols;
-      T* g = gradients.mine();
-      product_rows(f, r, end, g);
-      for (int64_t k = 0; k < n; k += piece) some(g + k, r * f.cols + k, least(piece, n - k));
-    }
-    return;
+    for (int64_t k = 0; k < a.n; k += piece) move(a.g ? a.g + k : nullptr, k, least(piece, a.n - k));
+    return true;
   }
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static)
-  for (int64_t k = 0; k < a.n; k += piece) some(a.g ? a.g + k : nullptr, k, least(piece, a.n - k));
+  const int64_t cols = a.factors ? a.factors->cols : a.gather->index->cols, rows = a.n / most<int64_t>(1, cols);
+  const int64_t group = most<int64_t>(1, piece / most<int64_t>(1, cols));  // rows of about a piece
+  const int64_t step = a.factors ? rows_at_once(*a.factors, a.threads) : group;
+  const TeamScratch<T> gradients(slot_dest, a.threads, a.factors ? size_t(step * cols) : 0);
+  bool inside = true;
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static) reduction(&& : inside)
+  for (int64_t begin = 0; begin < rows; begin += step) {
+    const int64_t end = least(rows, begin + step);
+    Gradient<A> g = a.factors ? gradients.mine() : a.g + begin * cols;
+    if (a.factors) product_rows(*a.factors, begin, end, gradients.mine());
+    for (int64_t r = begin; r < end; r += group) {
+      const int64_t last = least(end, r + group);
+      move(g + (r - begin) * cols, r * cols, (last - r) * cols);
+      for (int64_t i = r; a.gather && inside && i < last; ++i)
+        inside = gather_row(a.p + i * cols, *a.gather->index, a.gather->marks, i, a.gather->values);
+    }
+  }
+  return inside;
 }
 
 // yes or no, without a branch: as a conditional, compilers move what only one of them needs behind it, and what then is
@@ -89,8 +101,8 @@ void linbreg_piece(const StepArgs<T>& a, const T* __restrict g, int64_t begin, i
 }
 
 template <class T>
-void linbreg_step(const StepArgs<T>& a) {
-  in_pieces(a, linbreg_piece<T, true>, linbreg_piece<T, false>);
+bool linbreg_step(const StepArgs<T>& a) {
+  return in_pieces(a, linbreg_piece<T, true>, linbreg_piece<T, false>);
 }
 
 // v and p after lam of the L1 norm has changed to a.lam. What stays active keeps its weight: v = p / delta +- lam. What
@@ -109,8 +121,8 @@ void l1_shift_piece(const StepArgs<T>& a, const T*, int64_t begin, int64_t n) {
 }
 
 template <class T>
-void l1_shift(const StepArgs<T>& a) {
-  in_pieces(a, l1_shift_piece<T>, l1_shift_piece<T>);
+bool l1_shift(const StepArgs<T>& a) {
+  return in_pieces(a, l1_shift_piece<T>, l1_shift_piece<T>);
 }
 
 // One adaptive linearized Bregman step: g' = sign * g (+ decay * p, or decoupled: v -= lr * decay * p);
@@ -142,8 +154,8 @@ void adabreg_piece(const AdaStepArgs<T>& a, const T* __restrict g, int64_t begin
 }
 
 template <class T>
-void adabreg_step(const AdaStepArgs<T>& a) {
-  in_pieces(a, adabreg_piece<T, true>, adabreg_piece<T, false>);
+bool adabreg_step(const AdaStepArgs<T>& a) {
+  return in_pieces(a, adabreg_piece<T, true>, adabreg_piece<T, false>);
 }
 
 // One proximal gradient step: g' = sign * g + decay * p;  m = beta * m + g' (without m: m = g');
@@ -169,6 +181,6 @@ void proxsgd_piece(const StepArgs<T>& a, const T* __restrict g, int64_t begin, i
 }
 
 template <class T>
-void proxsgd_step(const StepArgs<T>& a) {
-  in_pieces(a, proxsgd_piece<T, true>, proxsgd_piece<T, false>);
+bool proxsgd_step(const StepArgs<T>& a) {
+  return in_pieces(a, proxsgd_piece<T, true>, proxsgd_piece<T, false>);
 }

@@ -117,8 +117,16 @@ struct PackArgs {
   int threads;
 };
 
-// A step of LinBreg on n weights, or of ProxSGD, which has neither v nor delta. l1_shift takes p, v, delta and lam
-// only.
+// Where a step gathers the weights that it has moved: those at the places of an index go to values, as by gather_all.
+template <class T>
+struct GatherArgs {
+  const Index* index;
+  const uint64_t* marks;
+  T* values;
+};
+
+// A step of LinBreg on n weights, or of ProxSGD, which has neither v nor delta. l1_shift takes p, v, delta, lam
+// and gather only.
 template <class T>
 struct StepArgs {
   int64_t n;
@@ -130,6 +138,7 @@ struct StepArgs {
   const uint8_t* active;  // null: all; else only where it is 1, the others and their state stand still
   double lr, beta, delta, lam, weight_decay, sign;
   int threads;
+  const GatherArgs<T>* gather = nullptr;
 };
 
 template <class T>
@@ -147,6 +156,7 @@ struct AdaStepArgs {
   double delta, lam, weight_decay, sign;
   bool decoupled;
   int threads;
+  const GatherArgs<T>* gather = nullptr;
 };
 
 // Max pooling of `planes` images in the lane layout: x [planes][H][W][16], y, codes [planes][OH][OW][16].
@@ -206,10 +216,11 @@ struct Kernels {
   void (*conv2d_backward)(const ConvArgs<T>&);
   void (*pack)(const PackArgs<T>&);
   void (*unpack)(const PackArgs<T>&);
-  void (*linbreg_step)(const StepArgs<T>&);
-  void (*l1_shift)(const StepArgs<T>&);
-  void (*adabreg_step)(const AdaStepArgs<T>&);
-  void (*proxsgd_step)(const StepArgs<T>&);
+  // Steps say whether every nonzero weight stands in the index of `gather`; without one, yes.
+  bool (*linbreg_step)(const StepArgs<T>&);
+  bool (*l1_shift)(const StepArgs<T>&);
+  bool (*adabreg_step)(const AdaStepArgs<T>&);
+  bool (*proxsgd_step)(const StepArgs<T>&);
   void (*max_pool_forward)(const PoolArgs<T>&);
   void (*max_pool_backward)(const PoolArgs<T>&);
   void (*norm_stats)(const NormArgs<T>&);

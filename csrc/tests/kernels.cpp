@@ -245,7 +245,11 @@ void test_steps_of(const GradFactors<T>& f, const T* grad, bool masked, int thre
   std::vector<uint8_t> active(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) active[size_t(i)] = i % 3 != 1;
   const Doubles p0 = random_doubles(n), v0 = random_doubles(n), m0 = random_doubles(n);
-  std::vector<T> p[2], v[2], m[2], s[2];
+  std::vector<T> p[2], v[2], m[2], s[2], gathered(static_cast<size_t>(n));
+  const Pattern all(f.rows, f.cols, 1);
+  std::vector<uint64_t> bits(size_t(f.rows * row_words(f.cols)));
+  mark_columns(f.rows, f.cols, all.rowptr.data(), all.col.data(), bits.data(), threads);
+  const GatherArgs<T> gather{&all.index, bits.data(), gathered.data()};
   const auto steps = [&](int from) {
     p[from] = floats<T>(p0), v[from] = floats<T>(v0), m[from] = floats<T>(m0), s[from].assign(size_t(n), T(1));
     StepArgs<T> a{n,
@@ -261,9 +265,14 @@ void test_steps_of(const GradFactors<T>& f, const T* grad, bool masked, int thre
                   0.3,
                   0.0625,
                   1,
-                  threads};
-    kernels<T>().linbreg_step(a);
-    kernels<T>().proxsgd_step(a);
+                  threads,
+                  &gather};
+    const auto check = [&](bool inside) {
+      if (!inside) fail("a nonzero outside of all places");
+      same("what a step gathers", gathered, p[from]);
+    };
+    check(kernels<T>().linbreg_step(a));
+    check(kernels<T>().proxsgd_step(a));
     AdaStepArgs<T> ada{n,
                        p[from].data(),
                        from ? nullptr : grad,
@@ -283,8 +292,9 @@ void test_steps_of(const GradFactors<T>& f, const T* grad, bool masked, int thre
                        0.0625,
                        1,
                        false,
-                       threads};
-    kernels<T>().adabreg_step(ada);
+                       threads,
+                       &gather};
+    check(kernels<T>().adabreg_step(ada));
   };
   steps(0);
   steps(1);
@@ -854,6 +864,43 @@ void test_gather_all(const Pattern& p, int threads) {
   }
 }
 
+// Steps that leave the pattern's values, fewer nonzeros, or one outside of it.
+template <class T>
+void test_step_gather(const Pattern& p, int threads) {
+  const int64_t rows = p.index.rows, cols = p.index.cols, n = rows * cols;
+  std::vector<uint64_t> bits(size_t(rows * row_words(cols)));
+  mark_columns(rows, cols, p.rowptr.data(), p.col.data(), bits.data(), threads);
+  std::vector<T> values(p.values.size());
+  const GatherArgs<T> gather{&p.index, bits.data(), values.data()};
+  const auto check = [&](const std::vector<T>& weights, bool wanted) {
+    for (int kind = 0; kind < 4; ++kind) {
+      const T lam = kind == 1 ? T(0) : T(0.25);  // ProxSGD has no v that would make up for it
+      std::vector<T> w(weights), v(weights), m(weights.size()), s(weights.size(), T(1)), g(weights.size());
+      for (T& x : v) x = x == T(0) ? T(0.125) : x + std::copysign(lam, x);
+      StepArgs<T> a{n, w.data(), g.data(), nullptr, v.data(), nullptr, nullptr, 1, 0, 1, lam, 0, 1, threads, &gather};
+      AdaStepArgs<T> ada{n, w.data(), g.data(), nullptr, v.data(), m.data(), s.data(), nullptr, 0.125, 0.75,
+                         0.875, 0.25, 0.5, 0.25, 1, lam, 0, 1, false, threads, &gather};
+      const bool inside = kind == 0   ? kernels<T>().linbreg_step(a)
+                          : kind == 1 ? kernels<T>().proxsgd_step(a)
+                          : kind == 2 ? kernels<T>().l1_shift(a)
+                                      : kernels<T>().adabreg_step(ada);
+      if (inside != wanted) fail("what a step says of nonzeros outside of the pattern");
+      for (size_t i = 0; i < p.at.size() && inside; ++i)
+        if (p.at[i] >= 0 && values[size_t(p.at[i])] != w[i]) return fail("what a step gathers");
+    }
+  };
+  std::vector<T> weights(p.at.size());
+  for (size_t i = 0; i < p.at.size(); ++i) weights[i] = p.at[i] < 0 ? T(0) : T(p.values[size_t(p.at[i])]);
+  check(weights, true);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (i >= 2 && i + 2 < weights.size()) continue;
+    const T old = weights[i];
+    weights[i] = p.at[i] < 0 ? T(1) : T(0);
+    check(weights, p.at[i] >= 0);
+    weights[i] = old;
+  }
+}
+
 template <class T>
 void test_crossings(const Pattern& p, int threads) {
   const int64_t rows = p.index.rows, cols = p.index.cols;
@@ -886,6 +933,7 @@ void test_pattern() {
       test_marks<decltype(zero)>(p, threads);
       test_mark_beyond<decltype(zero)>(p, threads);
       test_gather_all<decltype(zero)>(p, threads);
+      test_step_gather<decltype(zero)>(p, threads);
       test_marks<uint8_t>(p, threads);
     });
     for (int threads : {1, 3}) {

@@ -181,7 +181,7 @@ METHODS: dict[str, Method] = {
     "sgd": Method(_sgd, _SGD, dense=True),
     "linbreg": Method(
         _LINBREG,
-        {**_SPARSE, "momentum": 0.9, "lr": 1.0, "lam": 0.05},
+        {**_SPARSE, "momentum": 0.0, "lr": 1.0, "lam": 0.05},
         # With a smaller λ, or without warm-up, most weights wake in the first steps, and some runs diverge.
         for_model={"convnet": {"lr": 1.5, "lam": 0.2, "warmup": 0.2}},
         bregman=True,

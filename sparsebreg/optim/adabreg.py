@@ -10,7 +10,7 @@ import torch
 
 from sparsebreg._extension import native
 from sparsebreg.errors import check_real, expected
-from sparsebreg.optim.base import BregmanOptimizer, flush, shared
+from sparsebreg.optim.base import BregmanOptimizer, flush, shared, zeros_like
 from sparsebreg.regularizers import L1, NoReg, Regularizer
 
 
@@ -88,7 +88,7 @@ class AdaBreg(BregmanOptimizer):
         super()._start(p, state, group)
         if "step" not in state:
             state["step"] = 0
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            state["exp_avg"], state["exp_avg_sq"] = zeros_like(p), zeros_like(p)
 
     def _fused(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
         C, reg = native(), group["reg"]
@@ -100,12 +100,13 @@ class AdaBreg(BregmanOptimizer):
             return False
         state["step"] += 1
         beta1, beta2 = group["betas"]
-        C.adabreg_step(
+        gather = self._gather(p)
+        inside = C.adabreg_step(
             *arrays, group["lr"], beta1, beta2, group["eps"], 1 - beta1 ** state["step"], 1 - beta2 ** state["step"],
             group["delta"], getattr(reg, "lam", 0.0), group["weight_decay"], group["decoupled_weight_decay"],
-            group["maximize"], torch.get_num_threads(),
+            group["maximize"], gather, torch.get_num_threads(),
         )  # fmt: skip
-        torch.autograd.graph.increment_version(p)  # written behind autograd's back
+        self._moved(p, gather, inside)
         return True
 
     def _move_dual(

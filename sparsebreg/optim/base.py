@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import profiler
 
-from sparsebreg import _extension, regularizers
+from sparsebreg import _extension, memory, regularizers
 from sparsebreg.errors import check_choice, check_real, expected
 from sparsebreg.gradient import PendingGrad, resolve
 from sparsebreg.pattern import SparsePattern
@@ -103,16 +104,19 @@ class BregmanOptimizer(torch.optim.Optimizer):
     Attributes:
         patterns: the pattern of every parameter that is the ``values`` of a sparse layer; kept up to date by the swaps,
             which also restore it when a run is resumed.
+        fine_layers: layers of the fine phase by their weight, as :class:`sparsebreg.Multilevel` sets them: a step
+            hands them their active weights as soon as it has moved them.
     """
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         if defaults.get("reg") is None:
             defaults["reg"] = NoReg()
         self.patterns: dict[torch.Tensor, SparsePattern] = {}
+        self.fine_layers: dict[torch.Tensor, Any] = {}
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "patterns": self.patterns}
+        return {**super().__getstate__(), "patterns": self.patterns, "fine_layers": {}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -144,10 +148,24 @@ class BregmanOptimizer(torch.optim.Optimizer):
         """Does the whole update in one native pass, where there is one for this case; says whether it did."""
         return False
 
+    def _gather(self, p: torch.Tensor) -> tuple[Any, Any] | None:
+        """Where the native step gathers the weights that it moves, as the extension takes it: index and values."""
+        pattern = getattr(self.fine_layers.get(p), "_pattern", None)
+        if pattern is None or not p.is_contiguous():
+            return None
+        return pattern.native_index(), memory.empty_array((pattern.nnz,), p.dtype)
+
+    def _moved(self, p: torch.Tensor, gather: tuple[Any, Any] | None, inside: bool) -> None:
+        """After a native step, which gathered to ``gather`` if all nonzero weights are ``inside`` of its pattern."""
+        torch.autograd.graph.increment_version(p)  # written behind autograd's back
+        if gather is not None:
+            self.fine_layers[p].keep(torch.from_numpy(gather[1]) if inside else None)
+
     def _start(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Makes the state that is missing: v⁰ = θ⁰/δ + ∂J(θ⁰)."""
         if "dual" not in state:
-            state["dual"] = p.detach() / group["delta"] + self._reg(p, group).subgradient(p.detach())
+            state["dual"] = zeros_like(p)
+            torch.add(p.detach() / group["delta"], self._reg(p, group).subgradient(p.detach()), out=state["dual"])
 
     def _before_prox(
         self, params: list[Any], grads: list[Any], states: list[dict[str, Any]], group: dict[str, Any]
@@ -196,6 +214,15 @@ class BregmanOptimizer(torch.optim.Optimizer):
             for params in _batches(self._not_fused(group)):
                 self._update(params, group)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of ``torch.optim.Optimizer``; its label for profilers, which takes most of the time, only where one runs."""
+        if not set_to_none or profiler._is_profiler_enabled:
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
     def _not_fused(self, group: dict[str, Any]) -> Iterator[torch.Tensor]:
         """The parameters with a gradient that are left to :meth:`_update`; the others are done."""
@@ -268,6 +295,13 @@ def _check_dtype(p: torch.Tensor) -> None:
     if p.dtype not in (torch.float32, torch.float64):
         wanted = "float32 or float64 parameters (for mixed precision, compute under torch.autocast)"
         raise TypeError(expected("params", wanted, p.dtype))
+
+
+def zeros_like(p: torch.Tensor) -> torch.Tensor:
+    """As ``torch.zeros_like``, on huge pages where they are many: steps walk through all of them."""
+    if not p.is_cpu or not p.is_contiguous():
+        return torch.zeros_like(p)
+    return memory.empty(tuple(p.shape), p.dtype).zero_()
 
 
 def flush(tensors: Iterable[torch.Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sparsebreg._extension import native
-from sparsebreg.optim.base import BregmanOptimizer, check_momentum, flush, shared
+from sparsebreg.optim.base import BregmanOptimizer, check_momentum, flush, shared, zeros_like
 from sparsebreg.regularizers import L1, NoReg, Regularizer
 
 
@@ -71,7 +71,7 @@ class LinBreg(BregmanOptimizer):
     def _start(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         super()._start(p, state, group)
         if group["momentum"] and "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
+            state["momentum_buffer"] = zeros_like(p)
 
     def _fused(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
         C, reg, beta = native(), group["reg"], group["momentum"]
@@ -80,11 +80,12 @@ class LinBreg(BregmanOptimizer):
         arrays = shared(p, (p, p.grad, state["dual"], state["momentum_buffer"] if beta else None, state.get("active")))
         if arrays is None:
             return False
-        C.linbreg_step(
+        gather = self._gather(p)
+        inside = C.linbreg_step(
             *arrays, group["lr"], beta, group["delta"], getattr(reg, "lam", 0.0), group["weight_decay"],
-            group["maximize"], torch.get_num_threads(),
+            group["maximize"], gather, torch.get_num_threads(),
         )  # fmt: skip
-        torch.autograd.graph.increment_version(p)  # written behind autograd's back
+        self._moved(p, gather, inside)
         return True
 
     def _move_dual(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sparsebreg._extension import native
-from sparsebreg.optim.base import BregmanOptimizer, check_momentum, flush, shared
+from sparsebreg.optim.base import BregmanOptimizer, check_momentum, flush, shared, zeros_like
 from sparsebreg.regularizers import L1, NoReg, Regularizer
 
 
@@ -65,7 +65,7 @@ class ProxSGD(BregmanOptimizer):
 
     def _start(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         if group["momentum"] and "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
+            state["momentum_buffer"] = zeros_like(p)
 
     def _fused(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> bool:
         C, reg, beta = native(), group["reg"], group["momentum"]
@@ -74,11 +74,12 @@ class ProxSGD(BregmanOptimizer):
         arrays = shared(p, (p, p.grad, state["momentum_buffer"] if beta else None, state.get("active")))
         if arrays is None:
             return False
-        C.proxsgd_step(
+        gather = self._gather(p)
+        inside = C.proxsgd_step(
             *arrays, group["lr"], beta, getattr(reg, "lam", 0.0), group["weight_decay"], group["maximize"],
-            torch.get_num_threads(),
+            gather, torch.get_num_threads(),
         )  # fmt: skip
-        torch.autograd.graph.increment_version(p)  # written behind autograd's back
+        self._moved(p, gather, inside)
         return True
 
     def _before_prox(

@@ -25,7 +25,8 @@ from sparsebreg.schedules import Level, PlateauCoarse
 PHASES = ("fine", "coarse")
 
 #: In fine steps in a row a layer computes over those weights, too, that a regularizer weaker by a certain part would
-#: let be active: a few per cent more, and for some steps no weight wakes outside of them. The part at first, its bounds.
+#: let be active: a few per cent more, and for some steps no weight wakes outside of them. That part at first, and its
+#: bounds.
 _SLACK, _LEAST_SLACK, _MOST_SLACK = 0.1, 0.05, 0.4
 
 #: It grows where such a pattern held for fewer steps than the first number, and shrinks where it held for more than the

@@ -4,8 +4,8 @@ template <class A>
 using Gradient = decltype(A::g);
 
 // Calls masked or plain(a, gradient of the first weight, begin, count) piece by piece: a piece of all arrays fits into
-// a first-level cache. Of a gradient in factors some rows are made first, in scratch. What is to be gathered of a row is
-// gathered once it was moved; says whether all of it stood in the index.
+// a first-level cache. Of a gradient in factors some rows are made first, in scratch. What is to be gathered of a row
+// is gathered once it was moved; says whether all of it stood in the index.
 template <class A>
 bool in_pieces(const A& a, void (*masked)(const A&, Gradient<A>, int64_t, int64_t),
                void (*plain)(const A&, Gradient<A>, int64_t, int64_t)) {

@@ -878,8 +878,9 @@ void test_step_gather(const Pattern& p, int threads) {
       std::vector<T> w(weights), v(weights), m(weights.size()), s(weights.size(), T(1)), g(weights.size());
       for (T& x : v) x = x == T(0) ? T(0.125) : x + std::copysign(lam, x);
       StepArgs<T> a{n, w.data(), g.data(), nullptr, v.data(), nullptr, nullptr, 1, 0, 1, lam, 0, 1, threads, &gather};
-      AdaStepArgs<T> ada{n, w.data(), g.data(), nullptr, v.data(), m.data(), s.data(), nullptr, 0.125, 0.75,
-                         0.875, 0.25, 0.5, 0.25, 1, lam, 0, 1, false, threads, &gather};
+      AdaStepArgs<T> ada{n,       w.data(), g.data(), nullptr, v.data(), m.data(), s.data(),
+                         nullptr, 0.125,    0.75,     0.875,   0.25,     0.5,      0.25,
+                         1,       lam,      0,        1,       false,    threads,  &gather};
       const bool inside = kind == 0   ? kernels<T>().linbreg_step(a)
                           : kind == 1 ? kernels<T>().proxsgd_step(a)
                           : kind == 2 ? kernels<T>().l1_shift(a)

@@ -216,7 +216,7 @@ class BregmanOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As of ``torch.optim.Optimizer``; its label for profilers, which takes most of the time, only where one runs."""
+        """As of ``torch.optim.Optimizer``; its label for profilers, most of the time, only where one runs."""
         if not set_to_none or profiler._is_profiler_enabled:
             super().zero_grad(set_to_none)
             return

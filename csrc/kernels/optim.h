@@ -23,7 +23,7 @@ bool in_pieces(const A& a, void (*masked)(const A&, Gradient<A>, int64_t, int64_
   const int64_t cols = a.factors ? a.factors->cols : a.gather->index->cols, rows = a.n / most<int64_t>(1, cols);
   const int64_t group = most<int64_t>(1, piece / most<int64_t>(1, cols));  // rows of about a piece
   const int64_t step = a.factors ? rows_at_once(*a.factors, a.threads) : group;
-  const TeamScratch<T> gradients(slot_dest, a.threads, a.factors ? size_t(step * cols) : 0);
+  const TeamScratch<T> gradients(slot_source, a.threads, a.factors ? size_t(step * cols) : 0);
   bool inside = true;
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static) reduction(&& : inside)
   for (int64_t begin = 0; begin < rows; begin += step) {

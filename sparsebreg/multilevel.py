@@ -41,7 +41,9 @@ class Multilevel:
     Call :meth:`step` where ``optimizer.step()`` stood. While the pattern is frozen the model's layers are sparse ones,
     and weights, dual variables and momentum outside of the pattern stand still. In the fine phase they are the dense
     ones, which compute output and input gradient over the nonzero weights (and a few that are close to waking) and
-    only the weight's gradient in full.
+    only the weight's gradient in full. In training they use the weights as the optimizer's step left them, or as they
+    were written to since; what is written to ``weight.data``, of which torch does not tell, counts from the next step
+    on.
 
     Args:
         model: the model, dense.

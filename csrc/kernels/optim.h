@@ -28,11 +28,12 @@ bool in_pieces(const A& a, void (*masked)(const A&, Gradient<A>, int64_t, int64_
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(static) reduction(&& : inside)
   for (int64_t begin = 0; begin < rows; begin += step) {
     const int64_t end = least(rows, begin + step);
-    Gradient<A> g = a.factors ? gradients.mine() : a.g + begin * cols;
+    Gradient<A> g = a.factors ? gradients.mine() : a.g;
+    const int64_t first = a.factors ? begin : 0;
     if (a.factors) product_rows(*a.factors, begin, end, gradients.mine());
     for (int64_t r = begin; r < end; r += group) {
       const int64_t last = least(end, r + group);
-      move(g + (r - begin) * cols, r * cols, (last - r) * cols);
+      move(g ? g + (r - first) * cols : nullptr, r * cols, (last - r) * cols);
       for (int64_t i = r; a.gather && inside && i < last; ++i)
         inside = gather_row(a.p + i * cols, *a.gather->index, a.gather->marks, i, a.gather->values);
     }

@@ -235,12 +235,12 @@ class Multilevel:
             for group in self.optimizer.param_groups:
                 for p in group["params"]:
                     p.grad = None
+        self.optimizer.fine_layers = {}
         for name in self._able:
             module = self.model.get_submodule(name)
             to_fine(module, self._patterns.get(name), 1 - self._decider.least_sparsity(name, module))
+            self.optimizer.fine_layers[module.weight] = module
         self.phase, self.coarse_done = "fine", 0
-        modules = [self.model.get_submodule(n) for n in self._able]
-        self.optimizer.fine_layers = {m.weight: m for m in modules}
         self._wide, self._held = dict(self._patterns), {}
         self._patterns, self._masks = {}, {}
 

@@ -81,17 +81,13 @@ void pack_features(const T* data, Layout layout, int64_t N, int64_t F, int TL, i
 // each image; with several chunks there are more, so that a chunk is read from cache.
 SB_INLINE int64_t run_length(int chunks) { return (chunks > 1 ? 16 : 4) * GROUP; }
 
-// Whether a nonzero has one sum for all lanes, or several that are added up where they are stored.
-template <class T>
-constexpr bool ONE_SUM = Vec<T>::n == LANES;
-
 // What the input gradient yields besides: gradients of values, from x.
 template <class T>
 struct Correlation {
   const T* x;
   Layout x_layout;
   T* grad_values;
-  const int32_t* order;  // null: in CSC order; else there is ONE_SUM
+  const int32_t* order;  // null: in CSC order
   bool add;              // or set
 };
 
@@ -115,8 +111,7 @@ void linear_rows(const LinearPass<T>& p, const T* packed, int64_t tile, int l0, 
   t.dst_col = LANES;
   t.dst_channel = int64_t(width) * LANES;
   if (both) {
-    for (int32_t k = p.ptr[d0]; !ONE_SUM<T> && !both->add && k < p.ptr[d1]; ++k) both->grad_values[k] = T(0);
-    t.grad_values = {both->grad_values, both->order, both->add || !ONE_SUM<T>};
+    t.grad_values = {both->grad_values, both->order, both->add};
     t.own = OwnTile<T>{own, t.dst_channel, 0, LANES, nullptr, nullptr, false, LANES, 0, 0};
   }
   for (int64_t d = d0; d < d1; d += run) {
@@ -387,13 +382,11 @@ void backward_both(const LinearArgs<T>& a) {
   const LinearPass<T> back = linear_pass(a, false, ix.col_chunks);
   const int TL = back.TL;
   const Share s = share_out(a.N, TL, a.threads, least(ix.rows, ix.cols), false);
-  // Columns pass by, so writing gradients of values in CSR order goes all over the array. It is faster to write them in
-  // CSC order and sort them at the end: where they are written more than once, and where rows are short, since threads,
-  // which have columns of their own, would write to each other's cache lines all the time. A thread's piece of a row is
-  // to be two lines or more.
+  // Columns pass by, so writing gradients of values in CSR order goes all over the array. Where rows are short, it is
+  // faster to write them in CSC order and sort them at the end, since threads, which have columns of their own, would
+  // write to each other's cache lines all the time. A thread's piece of a row is to be two lines or more.
   const int64_t two_lines = 2 * 64 / int64_t(sizeof(T));
-  const bool short_rows = a.threads > 1 && ix.nnz < two_lines * a.threads * ix.rows;
-  const bool by_columns = !ONE_SUM<T> || short_rows;
+  const bool by_columns = a.threads > 1 && ix.nnz < two_lines * a.threads * ix.rows;
   const ValueSums<T> values(s, a, by_columns);
   const int64_t tasks = s.tasks(), length = int64_t(TL) * LANES;
   const TeamScratch<T> grads(slot_grad, a.threads, ix.rows * length);

@@ -49,9 +49,11 @@ struct GradValues {
 
 // The sums of the lanes of sum[0..m) become those of the nonzeros from k on.
 template <class T>
-SB_INLINE void pass_sums(V<T>* sum, int m, const GradValues<T>& to, int32_t k) {
+SB_INLINE void pass_sums(const V<T>* sum, int m, const GradValues<T>& to, int32_t k) {
   constexpr int n = Vec<T>::n;
-  const V<T> totals = sum_each<T>(sum);
+  V<T> lanes[n];
+  for (int q = 0; q < n; ++q) lanes[q] = sum[q];
+  const V<T> totals = sum_each<T>(lanes);
   if (m == n && !to.order) return store(to.at + k, to.add ? load(to.at + k) + totals : totals);
   alignas(64) T out[n];
   store(out, totals);
@@ -67,34 +69,66 @@ __attribute__((noinline)) void pass_fewer_sums(V<T>* sum, int m, const GradValue
   pass_sums<T>(sum, m, to, k);
 }
 
+// So many nonzeros are taken through all parts of the lanes before their sums are reduced.
+constexpr int HELD = 256;
+
 // Registers whose lanes are still to be summed, of nonzeros that follow one another. A register is reduced together
-// with its neighbours, across rows too: rows of a chunk are short.
+// with its neighbours, across rows too: rows of a chunk are short. They lie apart from what tells where they end, which
+// is then a register's, too.
 template <class T>
 struct SumQueue {
-  V<T> sum[Vec<T>::n];
-  int32_t k;
-  int m;
+  static constexpr int n = Vec<T>::n, ROOM = n < LANES ? n + HELD : n;
 
-  SB_INLINE SumQueue() : k(0), m(0) {}
+  V<T>* const begin;  // ROOM
+  V<T>* end;
+  int32_t k;  // the nonzero of *begin
+
+  SB_INLINE explicit SumQueue(V<T>* room) : begin(room), end(room), k(0) {}
   SB_INLINE void put(V<T> v, const GradValues<T>& to) {
-    sum[m] = v;
-    if (++m == Vec<T>::n) {
-      pass_sums<T>(sum, m, to, k);
-      k += m;
-      m = 0;
+    *end++ = v;
+    if (end == begin + n) {
+      pass_sums<T>(begin, n, to, k);
+      k += n;
+      end = begin;
     }
   }
   SB_INLINE void flush(const GradValues<T>& to) {
-    if (m) pass_fewer_sums<T>(sum, m, to, k);
-    m = 0;
+    if (end != begin) pass_fewer_sums<T>(begin, int(end - begin), to, k);
+    end = begin;
   }
   // What is put next is of the nonzeros from `next` on.
   SB_INLINE void seek(int32_t next, const GradValues<T>& to) {
-    if (k + m == next) return;
+    if (k + (end - begin) == next) return;
     flush(to);
     k = next;
   }
+  // Puts product(k, sum), which is `sum` and more, for at most HELD nonzeros: of one part of the lanes after the other,
+  // each on top of those before it.
+  template <class F>
+  SB_INLINE void put_part(int part, int32_t k0, int32_t k1, const GradValues<T>& to, F product) {
+    if constexpr (n == LANES) {
+      seek(k0, to);
+      for (int32_t k = k0; k < k1; ++k) put(product(k, zero<T>()), to);
+    } else {
+      const V<T> none = zero<T>();
+      const ptrdiff_t step = part > 0;
+      V<T>* held = begin + n;
+      const V<T>* from = step ? held : &none;
+      if (part + n < LANES) {
+        for (int32_t k = k0; k < k1; ++k, ++held, from += step) *held = product(k, *from);
+      } else {
+        seek(k0, to);
+        for (int32_t k = k0; k < k1; ++k, from += step) put(product(k, *from), to);
+      }
+    }
+  }
 };
+
+// How many of a row's nonzeros are taken through all parts of the lanes at once.
+template <class T>
+SB_INLINE int32_t piece_end(int32_t k, int32_t k1) {
+  return Vec<T>::n == LANES || k1 - k < HELD ? k1 : k + HELD;
+}
 
 // A tile of the destination's own values, of channel r0: what is gathered is multiplied with it.
 template <class T>
@@ -180,6 +214,12 @@ struct GatherTile {
   OwnTile<T> own{};
 };
 
+template <class T, int TR, int TC>
+SB_INLINE void copy_tile(const V<T> (&from)[TR][TC], V<T> (&to)[TR][TC]) {
+  for (int i = 0; i < TR; ++i)
+    for (int j = 0; j < TC; ++j) to[i][j] = from[i][j];
+}
+
 // What the sums of channel r begin with.
 template <class T, int TR, int TC>
 SB_INLINE void begin_tile(const GatherTile<T>& t, int64_t r, int part, const T* sums, V<T> (&acc)[TR][TC]) {
@@ -232,6 +272,10 @@ void gather_tile_only(const GatherTile<T>& t) {
   // Enough sums at once to keep the multipliers busy: of all lanes of a position, if they fit into the registers, and
   // of even and odd nonzeros apart.
   constexpr int n = Vec<T>::n, P = registers_at_once<T>(TR * TC), CHAINS = P * TR * TC <= MAX_TILE / 2 ? 2 : 1;
+  const int32_t* const offset = t.offset;
+  const int32_t* const order = t.order;
+  const T* const value = t.value;
+  const ptrdiff_t scale = t.scale;
   for (int64_t r = t.r0; r < t.r1; ++r) {
     T* dst = t.dst + (r - t.r0) * t.dst_channel;
     T* sums = t.first && t.last ? nullptr : t.sums + (r - t.r0) * TR * TC * LANES;
@@ -240,12 +284,14 @@ void gather_tile_only(const GatherTile<T>& t) {
     for (int part = 0; part < LANES; part += P * n) {
       V<T> acc[CHAINS][P][TR][TC] = {};
       for (int h = 0; h < P; ++h) begin_tile<T, TR, TC>(t, r, part + h * n, sums, acc[0][h]);
+      const T* src[TR];
+      for (int i = 0; i < TR; ++i) src[i] = t.src + part + i * t.src_row;
       const auto add = [&](int32_t k, int chain) {
-        const T* p = t.src + part + t.offset[k] * t.scale;
-        const V<T> v = splat<T>(t.value[ORDERED ? t.order[k] : k]);
+        const ptrdiff_t at = TR == 1 ? offset[k] * scale : offset[k];
+        const V<T> v = splat<T>(value[ORDERED ? order[k] : k]);
         for (int h = 0; h < P; ++h)
           for (int i = 0; i < TR; ++i)
-            for (int j = 0; j < TC; ++j) acc[chain][h][i][j] += v * load(p + i * t.src_row + j * LANES + h * n);
+            for (int j = 0; j < TC; ++j) acc[chain][h][i][j] += v * load(src[i] + at + j * LANES + h * n);
       };
       int32_t k = k0;
       for (; CHAINS > 1 && k1 - k >= CHAINS; k += CHAINS)
@@ -265,7 +311,8 @@ void gather_tile_only(const GatherTile<T>& t) {
 template <class T, int TR, int TC, bool ORDERED>
 void gather_tile_both(const GatherTile<T>& t) {
   constexpr int n = Vec<T>::n;
-  SumQueue<T> queue;
+  V<T> room[SumQueue<T>::ROOM];
+  SumQueue<T> queue(room);
   // Copies, since what is stored could lie over t, for all the compiler knows: it would read them for every nonzero.
   const GradValues<T> grad_values = t.grad_values;
   const int32_t* const offset = t.offset;
@@ -276,35 +323,49 @@ void gather_tile_both(const GatherTile<T>& t) {
     T* dst = t.dst + (r - t.r0) * t.dst_channel;
     T* sums = t.first && t.last ? nullptr : t.sums + (r - t.r0) * TR * TC * LANES;
     const int32_t k0 = t.begin[r * t.ptr_step], k1 = t.end[r * t.ptr_step];
-    if (k0 == k1 && !t.first && !t.last) continue;
-    for (int part = 0; part < LANES; part += n) {
-      V<T> acc[TR][TC];
-      begin_tile<T, TR, TC>(t, r, part, sums, acc);
-      const T* src = t.src + part;
-      V<T> own[TR][TC] = {};
-      if (k0 != k1) {  // phases of a strided convolution may have no nonzeros
+    if (k0 == k1) {  // as in most phases of a strided 1x1 convolution
+      for (int part = 0; (t.first || t.last) && part < LANES; part += n) {
+        V<T> acc[TR][TC];
+        begin_tile<T, TR, TC>(t, r, part, sums, acc);
+        finish_tile<T, TR, TC>(t, r, part, acc, dst, sums);
+      }
+      continue;
+    }
+    if (t.first) {
+      const T* next = t.own.data + (r - t.r0 + AHEAD) * t.own.channel;
+      for (int i = 0; i < TR; ++i)
+        for (int j = 0; j < TC; ++j) __builtin_prefetch(next + i * t.own.row + j * t.own.col);
+    }
+    V<T> between[LANES / n][TR][TC];  // the sums between two pieces of the row
+    for (int32_t k = k0, end; k < k1; k = end) {
+      end = piece_end<T>(k, k1);
+      for (int part = 0; part < LANES; part += n) {
+        V<T> acc[TR][TC], own[TR][TC];
+        if (k == k0)
+          begin_tile<T, TR, TC>(t, r, part, sums, acc);
+        else
+          copy_tile<T, TR, TC>(between[part / n], acc);
         load_own<T, TR, TC>(t.own, r - t.r0, part, own);
-        queue.seek(k0, grad_values);
-        if (t.first && part == 0) {
-          const T* next = t.own.data + (r - t.r0 + AHEAD) * t.own.channel;
+        const T* src[TR];
+        for (int i = 0; i < TR; ++i) src[i] = t.src + part + i * src_row;
+        queue.put_part(part, k, end, grad_values, [&](int32_t k, V<T> sum) {
+          const ptrdiff_t at = TR == 1 ? offset[k] * scale : offset[k];
+          const V<T> v = splat<T>(value[ORDERED ? order[k] : k]);
+          V<T> s[2] = {sum, zero<T>()};  // two chains: the out-of-order window overlaps neighbouring nonzeros
           for (int i = 0; i < TR; ++i)
-            for (int j = 0; j < TC; ++j) __builtin_prefetch(next + i * t.own.row + j * t.own.col);
-        }
+            for (int j = 0; j < TC; ++j) {
+              V<T> g = load(src[i] + at + j * LANES);
+              in_register<T>(g);
+              acc[i][j] += v * g;
+              s[j & 1] += own[i][j] * g;
+            }
+          return s[0] + s[1];
+        });
+        if (end == k1)
+          finish_tile<T, TR, TC>(t, r, part, acc, dst, sums);
+        else
+          copy_tile<T, TR, TC>(acc, between[part / n]);
       }
-      for (int32_t k = k0; k < k1; ++k) {
-        const T* p = src + offset[k] * scale;
-        const V<T> v = splat<T>(value[ORDERED ? order[k] : k]);
-        V<T> s[2] = {zero<T>(), zero<T>()};
-        for (int i = 0; i < TR; ++i)
-          for (int j = 0; j < TC; ++j) {
-            V<T> g = load(p + i * src_row + j * LANES);
-            in_register<T>(g);
-            acc[i][j] += v * g;
-            s[j & 1] += own[i][j] * g;
-          }
-        queue.put(s[0] + s[1], grad_values);
-      }
-      finish_tile<T, TR, TC>(t, r, part, acc, dst, sums);
     }
   }
   queue.flush(grad_values);
@@ -338,33 +399,40 @@ struct CorrelateTile {
 template <class T, int TR, int TC>
 void correlate_tile(const CorrelateTile<T>& t) {
   constexpr int n = Vec<T>::n;
-  for (int part = 0; part < LANES; part += n) {
-    const T* src = t.src + part;
-    SumQueue<T> queue;
-    for (int64_t r = t.r0; r < t.r1; ++r) {
-      const int32_t k0 = t.begin[r * t.ptr_step], k1 = t.end[r * t.ptr_step];
-      if (k0 == k1) continue;
-      queue.seek(k0, t.grad_values);
-      const T* grad = t.grad + (r - t.r0) * t.grad_channel + part;
-      V<T> g[TR][TC];
-      if (t.rows == TR && t.cols == TC) {
-        for (int i = 0; i < TR; ++i)
-          for (int j = 0; j < TC; ++j) g[i][j] = load(grad + i * t.grad_row + j * LANES);
-      } else {
-        for (int i = 0; i < TR; ++i)
-          for (int j = 0; j < TC; ++j)
-            g[i][j] = i < t.rows && j < t.cols ? load(grad + i * t.grad_row + j * LANES) : zero<T>();
-      }
-      for (int32_t k = k0; k < k1; ++k) {
-        const T* p = src + t.offset[k] * t.scale;
-        V<T> s[2] = {zero<T>(), zero<T>()};  // two chains: the out-of-order window overlaps neighbouring nonzeros
-        for (int i = 0; i < TR; ++i)
-          for (int j = 0; j < TC; ++j) s[j & 1] += g[i][j] * load(p + i * t.src_row + j * LANES);
-        queue.put(s[0] + s[1], t.grad_values);
+  V<T> room[SumQueue<T>::ROOM];
+  SumQueue<T> queue(room);
+  const GradValues<T> grad_values = t.grad_values;
+  const int32_t* const offset = t.offset;
+  const ptrdiff_t scale = t.scale;
+  for (int64_t r = t.r0; r < t.r1; ++r) {
+    const int32_t k0 = t.begin[r * t.ptr_step], k1 = t.end[r * t.ptr_step];
+    if (k0 == k1) continue;
+    for (int32_t k = k0, end; k < k1; k = end) {
+      end = piece_end<T>(k, k1);
+      for (int part = 0; part < LANES; part += n) {
+        const T* grad = t.grad + (r - t.r0) * t.grad_channel + part;
+        V<T> g[TR][TC];
+        if (t.rows == TR && t.cols == TC) {
+          for (int i = 0; i < TR; ++i)
+            for (int j = 0; j < TC; ++j) g[i][j] = load(grad + i * t.grad_row + j * LANES);
+        } else {
+          for (int i = 0; i < TR; ++i)
+            for (int j = 0; j < TC; ++j)
+              g[i][j] = i < t.rows && j < t.cols ? load(grad + i * t.grad_row + j * LANES) : zero<T>();
+        }
+        const T* src[TR];
+        for (int i = 0; i < TR; ++i) src[i] = t.src + part + i * t.src_row;
+        queue.put_part(part, k, end, grad_values, [&](int32_t k, V<T> sum) {
+          const ptrdiff_t at = TR == 1 ? offset[k] * scale : offset[k];
+          V<T> s[2] = {sum, zero<T>()};
+          for (int i = 0; i < TR; ++i)
+            for (int j = 0; j < TC; ++j) s[j & 1] += g[i][j] * load(src[i] + at + j * LANES);
+          return s[0] + s[1];
+        });
       }
     }
-    queue.flush(t.grad_values);
   }
+  queue.flush(grad_values);
 }
 
 template <class T>

@@ -178,9 +178,10 @@ void test_linear() {
   struct {
     int64_t rows, cols;
     double density;
-  } const cases[] = {{5, 7, .5},    {33, 40, .2}, {40, 33, .1},    {1, 50, .5},     {50, 1, .5},
-                     {6, 5, 1},     {6, 5, 0},    {24, 4000, .02}, {4000, 24, .02},  // the last two in several passes
-                     {130, 90, .1}, {20, 500, .4}};  // rows of several cache lines for each of two threads
+  } const cases[] = {{5, 7, .5},    {33, 40, .2},  {40, 33, .1},    {1, 50, .5},     {50, 1, .5},
+                     {6, 5, 1},     {6, 5, 0},     {24, 4000, .02}, {4000, 24, .02},  // the last two in several passes
+                     {130, 90, .1}, {20, 500, .4},  // rows of several cache lines for each of two threads
+                     {400, 5, .9},  {5, 400, .9}};  // more nonzeros than are taken through the lanes at once
   for (const auto& c : cases) {
     const Pattern p(c.rows, c.cols, c.density);
     for (int64_t N : batches) {
@@ -352,6 +353,7 @@ void test_conv2d() {
       {3, 5, 5, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0},     {3, 5, 5, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1},
       {64, 6, 6, 24, 3, 3, 1, 1, 1, 1, 1, 1, 1, .1},   // sums of a row in several passes
       {32, 4, 4, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, .4},   // nonzeros sorted by several threads
+      {13, 5, 5, 13, 5, 5, 1, 1, 2, 2, 1, 1, 1, 1},    // more nonzeros than are taken through the lanes at once
       {16, 64, 64, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, .1}  // several bands; results written past the caches
   };
   for (const auto& c : cases) {

@@ -64,22 +64,31 @@ SB_INLINE void write_lanes(const V<T>* v, int live, int count, T* dst, ptrdiff_t
   }
 }
 
-// dst[lane*image + p] = src[p*src_step + lane] for p < len, lane < images. `past_the_caches`: if all registers are
-// aligned.
+// dst[lane*image + p] = src[p*src_step + lane] for p < len, lane < images. `past_the_caches`: as far as whole lines are
+// written.
 template <class T>
 void unpack_rows(const T* src, ptrdiff_t src_step, int64_t len, T* dst, ptrdiff_t image, int images,
                  bool past_the_caches = false) {
-  constexpr int n = Vec<T>::n;
-  past_the_caches = past_the_caches && image % n == 0 && reinterpret_cast<uintptr_t>(dst) % sizeof(V<T>) == 0;
+  constexpr int n = Vec<T>::n, line = LINE / int(sizeof(T));
+  past_the_caches = CAN_STREAM && past_the_caches && image % line == 0 && reinterpret_cast<uintptr_t>(dst) % LINE == 0;
   for (int part = 0; part < images; part += n) {
     const int live = least(n, images - part);
     T* d = dst + part * image;
     int64_t p = 0;
+    for (; past_the_caches && p + line <= len; p += line) {
+      V<T> a[LINE_PARTS][n];
+      for (int h = 0; h < LINE_PARTS; ++h) {
+        for (int i = 0; i < n; ++i) a[h][i] = load(src + (p + h * n + i) * src_step + part);
+        transpose<T>(a[h]);
+      }
+      for (int i = 0; i < live; ++i)
+        for (int h = 0; h < LINE_PARTS; ++h) stream(d + i * image + p + h * n, a[h][i]);
+    }
     for (; p + n <= len; p += n) {
       V<T> a[n];
       for (int i = 0; i < n; ++i) a[i] = load(src + (p + i) * src_step + part);
       transpose<T>(a);
-      for (int i = 0; i < live; ++i) store_or_stream(d + i * image + p, a[i], past_the_caches);
+      for (int i = 0; i < live; ++i) store(d + i * image + p, a[i]);
     }
     for (; p < len; ++p)
       for (int i = 0; i < live; ++i) d[i * image + p] = src[p * src_step + part + i];

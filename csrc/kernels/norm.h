@@ -199,7 +199,7 @@ void norm_reduce_as(const NormArgs<T>& a) {
           }
         for (; i < length; i += n) {
           const V<T> v = passed(i);
-          if (KEEP) store_or_stream(kept + i, v, past_the_caches);
+          if (KEEP) store(kept + i, v);
           g[0] += v;
           gx[0] += v * (load(x + i) - mean);
         }
@@ -208,7 +208,7 @@ void norm_reduce_as(const NormArgs<T>& a) {
           const typename Vec<T>::index exists = lane_mask<T>(images, part);
           for (int64_t i = part; i < length; i += LANES) {
             const V<T> v = exists ? passed(i) : zero<T>(), d = exists ? load(x + i) - mean : zero<T>();
-            if (KEEP) store_or_stream(kept + i, v, past_the_caches);
+            if (KEEP) store(kept + i, v);
             g[0] += v;
             gx[0] += v * d;
           }
@@ -335,7 +335,7 @@ template <class T, class PLANE>
 void norm_unpack_as(const NormArgs<T>& a) {
   constexpr int n = Vec<T>::n;
   const int64_t blocks = div_up(a.N, LANES), image = a.C * a.P, pieces = div_up(a.C, n);
-  const bool past_the_caches = a.C % n == 0 && should_stream(a.y, a.N * image * int64_t(sizeof(T)));
+  const bool past_the_caches = a.C % n == 0 && should_stream_apart(a.y, a.N * image * int64_t(sizeof(T)));
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
     // A register's worth of channels at a time: as many streams as there are lanes, read from end to end.

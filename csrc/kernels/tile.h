@@ -228,9 +228,11 @@ SB_INLINE void begin_tile(const GatherTile<T>& t, int64_t r, int part, const T* 
     for (int j = 0; j < TC; ++j) acc[i][j] = t.first ? b : load(sums + (i * TC + j) * LANES + part);
 }
 
-// What becomes of them: they are stored, and what else is wanted is taken of them.
+// What becomes of them: they are stored, and what else is wanted is taken of them. half: where the first halves of
+// lines wait for the second ones, which are the next part's.
 template <class T, int TR, int TC>
-SB_INLINE void finish_tile(const GatherTile<T>& t, int64_t r, int part, const V<T> (&acc)[TR][TC], T* dst, T* sums) {
+SB_INLINE void finish_tile(const GatherTile<T>& t, int64_t r, int part, const V<T> (&acc)[TR][TC], T* dst, T* sums,
+                           V<T> (&half)[TR][TC]) {
   if (t.last && t.reduced) {
     T* at = t.reduced + (r - t.r0) * 2 * LANES + part;
     const T* x = t.x + (dst - t.dst) + part;
@@ -258,8 +260,13 @@ SB_INLINE void finish_tile(const GatherTile<T>& t, int64_t r, int part, const V<
     for (int i = 0; i < TR; ++i)
       for (int j = 0; j < TC; ++j) store(sums + (i * TC + j) * LANES + part, acc[i][j]);
   } else if (CAN_STREAM && t.past_the_caches) {
+    if (part / Vec<T>::n % LINE_PARTS + 1 < LINE_PARTS) return copy_tile<T, TR, TC>(acc, half);
     for (int i = 0; i < TR; ++i)
-      for (int j = 0; j < TC; ++j) stream(dst + i * t.dst_row + j * t.dst_col + part, acc[i][j]);
+      for (int j = 0; j < TC; ++j) {
+        T* p = dst + i * t.dst_row + j * t.dst_col + part;
+        if (LINE_PARTS == 2) stream(p - Vec<T>::n, half[i][j]);
+        stream(p, acc[i][j]);
+      }
   } else {
     for (int i = 0; i < TR; ++i)
       for (int j = 0; j < TC; ++j) store(dst + i * t.dst_row + j * t.dst_col + part, acc[i][j]);
@@ -281,6 +288,7 @@ void gather_tile_only(const GatherTile<T>& t) {
     T* sums = t.first && t.last ? nullptr : t.sums + (r - t.r0) * TR * TC * LANES;
     const int32_t k0 = t.begin[r * t.ptr_step], k1 = t.end[r * t.ptr_step];
     if (k0 == k1 && !t.first && !t.last) continue;
+    V<T> half[TR][TC];
     for (int part = 0; part < LANES; part += P * n) {
       V<T> acc[CHAINS][P][TR][TC] = {};
       for (int h = 0; h < P; ++h) begin_tile<T, TR, TC>(t, r, part + h * n, sums, acc[0][h]);
@@ -301,7 +309,7 @@ void gather_tile_only(const GatherTile<T>& t) {
         for (int u = 1; u < CHAINS; ++u)
           for (int i = 0; i < TR; ++i)
             for (int j = 0; j < TC; ++j) acc[0][h][i][j] += acc[u][h][i][j];
-        finish_tile<T, TR, TC>(t, r, part + h * n, acc[0][h], dst, sums);
+        finish_tile<T, TR, TC>(t, r, part + h * n, acc[0][h], dst, sums, half);
       }
     }
   }
@@ -323,11 +331,12 @@ void gather_tile_both(const GatherTile<T>& t) {
     T* dst = t.dst + (r - t.r0) * t.dst_channel;
     T* sums = t.first && t.last ? nullptr : t.sums + (r - t.r0) * TR * TC * LANES;
     const int32_t k0 = t.begin[r * t.ptr_step], k1 = t.end[r * t.ptr_step];
+    V<T> half[TR][TC];
     if (k0 == k1) {  // as in most phases of a strided 1x1 convolution
       for (int part = 0; (t.first || t.last) && part < LANES; part += n) {
         V<T> acc[TR][TC];
         begin_tile<T, TR, TC>(t, r, part, sums, acc);
-        finish_tile<T, TR, TC>(t, r, part, acc, dst, sums);
+        finish_tile<T, TR, TC>(t, r, part, acc, dst, sums, half);
       }
       continue;
     }
@@ -362,7 +371,7 @@ void gather_tile_both(const GatherTile<T>& t) {
           return s[0] + s[1];
         });
         if (end == k1)
-          finish_tile<T, TR, TC>(t, r, part, acc, dst, sums);
+          finish_tile<T, TR, TC>(t, r, part, acc, dst, sums, half);
         else
           copy_tile<T, TR, TC>(acc, between[part / n]);
       }

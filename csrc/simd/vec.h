@@ -36,12 +36,19 @@ SB_INLINE void store(T* p, V<T> v) {
   *reinterpret_cast<typename Vec<T>::loose*>(p) = v;
 }
 
-// A store past the caches, where one register is a whole cache line: what is not read again soon needs neither to be
-// fetched before it is overwritten nor a place in the cache. p is aligned to the register.
+// Stores past the caches: what is not read again soon needs neither to be fetched before it is overwritten nor a place
+// in the cache. A line that is two registers is to be written in two stores, one right after the other: half a line on
+// its way to memory is slower than no such store. p is aligned to the register.
+constexpr int LINE = 64, LINE_PARTS = LINE / SB_VECTOR_BYTES;  // bytes of a cache line; its registers
 #if defined(__x86_64__) && SB_VECTOR_BYTES == 64
 constexpr bool CAN_STREAM = true;
 SB_INLINE void stream(float* p, V<float> v) { __builtin_ia32_movntps512(p, v); }
 SB_INLINE void stream(double* p, V<double> v) { __builtin_ia32_movntpd512(p, v); }
+SB_INLINE void stream_fence() { __builtin_ia32_sfence(); }
+#elif defined(__x86_64__) && SB_VECTOR_BYTES == 32
+constexpr bool CAN_STREAM = true;
+SB_INLINE void stream(float* p, V<float> v) { __builtin_ia32_movntps256(p, v); }
+SB_INLINE void stream(double* p, V<double> v) { __builtin_ia32_movntpd256(p, v); }
 SB_INLINE void stream_fence() { __builtin_ia32_sfence(); }
 #else
 constexpr bool CAN_STREAM = false;
@@ -54,8 +61,11 @@ SB_INLINE void stream_fence() {}
 
 // Whether `bytes` written to p should go past the caches: more than the second-level caches hold.
 SB_INLINE bool should_stream(const void* p, int64_t bytes) {
-  return CAN_STREAM && bytes >= (int64_t(4) << 20) && reinterpret_cast<uintptr_t>(p) % SB_VECTOR_BYTES == 0;
+  return CAN_STREAM && bytes >= (int64_t(4) << 20) && reinterpret_cast<uintptr_t>(p) % LINE == 0;
 }
+
+// The same where a register is written here and the next one elsewhere.
+SB_INLINE bool should_stream_apart(const void* p, int64_t bytes) { return LINE_PARTS == 1 && should_stream(p, bytes); }
 
 // Lane i is p[index[i]]. Only where it is faster than one load after the other.
 #if defined(__x86_64__) && SB_VECTOR_BYTES == 64

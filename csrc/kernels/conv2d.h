@@ -133,7 +133,7 @@ SB_INLINE int choose_chunks(double nnz_per_row, int channels, double bytes_per_c
 }
 
 // So many nonzeros are placed by all threads, fewer by one.
-constexpr int64_t MANY = 4000;
+constexpr int64_t MANY_TO_PLACE = 4000;
 
 // The nonzeros as a stencil: for destination channel d and source chunk h, entries
 // [ptr[d*chunks + h], ptr[d*chunks + h + 1]) of offset.
@@ -230,7 +230,7 @@ ConvShape<T> forward_shape(const ConvArgs<T>& a, int64_t out_bytes, bool overhan
   const int chunks = least(max_chunks, choose_chunks(double(ix.nnz) / double(most<int64_t>(1, ix.rows)), ICg, window));
   s.stencil.chunks = chunks;
   const int per_chunk = int(div_up(ICg, chunks)) * KK;
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1 && ix.nnz > MANY) schedule(static)
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1 && ix.nnz > MANY_TO_PLACE) schedule(static)
   for (int64_t r = 0; r < ix.rows; ++r) {
     int32_t k = ix.rowptr[r];
     const int32_t end = ix.rowptr[r + 1];
@@ -330,6 +330,7 @@ void conv2d_forward(const ConvArgs<T>& a) {
       t.offset = st.offset;
       t.value = a.values;
       t.ptr_step = st.chunks;
+      t.ask = st.chunks > 1 && a.index.nnz >= MANY;
       t.r0 = r0, t.r1 = r1;
       t.bias = a.bias ? a.bias + r0 : nullptr;
       t.sums = sums;
@@ -480,7 +481,7 @@ void place_nonzeros(const ConvArgs<T>& a, int rows, T* value, BackShape<T>& s) {
   };
   // A counting sort; inside a list, rows ascend. Parts of the input channels, which are parts of every row's nonzeros,
   // are counted and placed independently.
-  const int parts = a.G == 1 && ix.nnz > MANY ? least(a.threads, a.IC) : 1;
+  const int parts = a.G == 1 && ix.nnz > MANY_TO_PLACE ? least(a.threads, a.IC) : 1;
   const auto each = [&](int part, auto&& place) {
     const int32_t col0 = int32_t(int64_t(ICg) * part / parts * KK),
                   col1 = int32_t(int64_t(ICg) * (part + 1) / parts * KK);
@@ -549,7 +550,7 @@ void grad_x_of_band(const ConvArgs<T>& a, const BackShape<T>& s, const T* band, 
   t.dst_row = int64_t(a.SH) * a.W * LANES;
   t.dst_col = int64_t(a.SW) * LANES;
   const T* own = packed_x ? packed_x : a.x + start;
-  t.grad_values = {grad_values, nullptr, true};
+  t.grad_values = {grad_values, true};
   t.own.channel = packed_x ? int64_t(b.rows) * a.SH * a.W * LANES : plane * LANES;
   t.own.row = t.dst_row, t.own.col = t.dst_col;
   t.own.scale = a.x_scale ? a.x_scale + r0 : nullptr, t.own.shift = a.x_scale ? a.x_shift + r0 : nullptr;
@@ -601,7 +602,7 @@ void grad_values_of_band(const ConvArgs<T>& a, const ConvShape<T>& s, const T* b
   t.r0 = r0, t.r1 = r1;
   t.grad_channel = of_grad.channel;
   t.grad_row = int64_t(of_grad.CB) * LANES;
-  t.grad_values = {grad_values, nullptr, true};
+  t.grad_values = {grad_values, true};
   for (int y = 0; y < rows; y += s.tile.TR)
     for (int x = 0; x < a.OW; x += s.tile.TC) {
       t.src = band + (int64_t(y) * s.band.CB + x) * LANES;

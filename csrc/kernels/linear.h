@@ -18,6 +18,22 @@ SB_INLINE int linear_chunks(const Index& ix, int64_t features, int64_t rows, int
   return most(1, least(chunks, bound));
 }
 
+// out[k] = sum of sums[from[k]], or sums[k], over the copies, for k in [k0, k1).
+template <class T>
+void sum_copies(const T* sums, int64_t stride, int copies, const int32_t* from, int64_t k0, int64_t k1, T* out) {
+  int64_t k = k0;
+  for (; k + Vec<T>::n <= k1; k += Vec<T>::n) {
+    V<T> sum = zero<T>();
+    for (int c = 0; c < copies; ++c)
+      sum += from ? gather_lanes(sums + c * stride, from + k) : load(sums + c * stride + k);
+    store(out + k, sum);
+  }
+  for (; k < k1; ++k) {
+    out[k] = T(0);
+    for (int c = 0; c < copies; ++c) out[k] += sums[c * stride + (from ? from[k] : k)];
+  }
+}
+
 // One direction: dst[n][d] = bias[d] + sum of value * src[n][s] over the nonzeros (d, s). `ptr` and `index` are CSR
 // (forward) or CSC (input gradient).
 template <class T>
@@ -28,10 +44,20 @@ struct LinearPass {
   const int32_t* order;   // place of each nonzero's value, or null: they stand in order
   const int32_t* starts;  // dst_features x chunks + 1; with one chunk, ptr
   const T* value;
+  T* sorted;  // not null: where sort_values is to bring the values into order
   const T* bias;
   T* dst;
   Layout dst_layout;
   int TL, chunks;
+
+  // At the beginning of a parallel region. The values are read from all over the array: here many loads are on their
+  // way at once, among the products only a few.
+  void sort_values() const {
+    if (!sorted) return;
+    const int64_t nnz = ptr[dst_features], piece = 1024;
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < nnz; k += piece) sum_copies(value, 0, 1, order, k, least(nnz, k + piece), sorted);
+  }
 };
 
 // How the work is shared out: tasks (unit, part). A unit is a tile, or some lane blocks of one; a part is a share of
@@ -86,9 +112,8 @@ template <class T>
 struct Correlation {
   const T* x;
   Layout x_layout;
-  T* grad_values;
-  const int32_t* order;  // null: in CSC order
-  bool add;              // or set
+  T* grad_values;  // in CSC order
+  bool add;        // or set
 };
 
 // Destination features [d0, d1) of lane blocks [l0, l1) of a tile; `group` holds a run of them, with `both` two.
@@ -104,14 +129,14 @@ void linear_rows(const LinearPass<T>& p, const T* packed, int64_t tile, int l0, 
   t.src_row = 0;
   t.offset = p.index;
   t.scale = ptrdiff_t(width) * LANES;
-  t.value = p.value;
-  t.order = p.order;
+  t.value = p.sorted ? p.sorted : p.value;
   t.ptr_step = p.chunks;
+  t.ask = p.chunks > 1 && p.ptr[p.dst_features] >= MANY;
   t.dst_row = 0;
   t.dst_col = LANES;
   t.dst_channel = int64_t(width) * LANES;
   if (both) {
-    t.grad_values = {both->grad_values, both->order, both->add};
+    t.grad_values = {both->grad_values, both->add};
     t.own = OwnTile<T>{own, t.dst_channel, 0, LANES, nullptr, nullptr, false, LANES, 0, 0};
   }
   for (int64_t d = d0; d < d1; d += run) {
@@ -170,6 +195,7 @@ LinearPass<T> linear_pass(const LinearArgs<T>& a, bool forward, ChunkStarts* kep
   p.order = forward ? nullptr : ix.csc_to_csr;
   p.starts = p.chunks == 1 ? p.ptr : kept->of(p.dst_features, p.src_features, p.ptr, p.index, p.chunks, a.threads);
   p.value = a.values;
+  p.sorted = p.order && kept ? scratch<T>(slot_plan, ix.nnz) : nullptr;
   p.bias = forward ? a.bias : nullptr;
   p.dst = forward ? a.y : a.grad_x;
   p.dst_layout = forward ? a.y_layout : a.x_layout;
@@ -277,6 +303,7 @@ void linear_direction(const LinearPass<T>& p, const T* src, Layout src_layout, i
   {
     T* packed = sources.mine();
     int64_t have = -1;
+    p.sort_values();
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < tasks; ++i) {
       const int64_t u = i / s.parts, tile = u / s.subs;
@@ -294,22 +321,6 @@ void linear_forward(const LinearArgs<T>& a) {
   if (a.N == 0) return;
   if (is_narrow(a, NARROW_FORWARD)) return narrow_forward(a);
   linear_direction(linear_pass(a, true, a.index.row_chunks), a.x, a.x_layout, a.threads);
-}
-
-// out[k] = sum of sums[from[k]], or sums[k], over the copies, for k in [k0, k1).
-template <class T>
-void sum_copies(const T* sums, int64_t stride, int copies, const int32_t* from, int64_t k0, int64_t k1, T* out) {
-  int64_t k = k0;
-  for (; k + Vec<T>::n <= k1; k += Vec<T>::n) {
-    V<T> sum = zero<T>();
-    for (int c = 0; c < copies; ++c)
-      sum += from ? gather_lanes(sums + c * stride, from + k) : load(sums + c * stride + k);
-    store(out + k, sum);
-  }
-  for (; k < k1; ++k) {
-    out[k] = T(0);
-    for (int c = 0; c < copies; ++c) out[k] += sums[c * stride + (from ? from[k] : k)];
-  }
 }
 
 // grad_bias = sum_n grad_y[n].
@@ -375,19 +386,15 @@ struct ValueSums {
 };
 
 // grad_x = grad_y W over the active weights, by columns of W; grad_values[k] = sum_n grad_y[n][row] x[n][col], made
-// where a column's nonzeros pass by for grad_x.
+// where a column's nonzeros pass by for grad_x, and sorted at the end: written in CSR order at once, they would go all
+// over the array, and threads, which have columns of their own, would write to each other's cache lines.
 template <class T>
 void backward_both(const LinearArgs<T>& a) {
   const Index& ix = a.index;
   const LinearPass<T> back = linear_pass(a, false, ix.col_chunks);
   const int TL = back.TL;
   const Share s = share_out(a.N, TL, a.threads, least(ix.rows, ix.cols), false);
-  // Columns pass by, so writing gradients of values in CSR order goes all over the array. Where rows are short, it is
-  // faster to write them in CSC order and sort them at the end, since threads, which have columns of their own, would
-  // write to each other's cache lines all the time. A thread's piece of a row is to be two lines or more.
-  const int64_t two_lines = 2 * 64 / int64_t(sizeof(T));
-  const bool by_columns = a.threads > 1 && ix.nnz < two_lines * a.threads * ix.rows;
-  const ValueSums<T> values(s, a, by_columns);
+  const ValueSums<T> values(s, a, true);
   const int64_t tasks = s.tasks(), length = int64_t(TL) * LANES;
   const TeamScratch<T> grads(slot_grad, a.threads, ix.rows * length);
   const TeamScratch<T> groups(slot_dest, a.threads, 2 * run_length(back.chunks) * length);
@@ -396,17 +403,18 @@ void backward_both(const LinearArgs<T>& a) {
     T* packed = grads.mine();
     int64_t have = -1;
     values.begin(a);
+    back.sort_values();
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < tasks; ++i) {
       const int64_t u = i / s.parts;
       const int q = int(i % s.parts);
       if (have != u) pack_features(a.grad_y, a.y_layout, a.N, ix.rows, TL, u, 0, TL, 0, ix.rows, packed);
       have = u;
-      const Correlation<T> both{a.x, a.x_layout, values.of(u, a), by_columns ? nullptr : ix.csc_to_csr, values.adds(u)};
+      const Correlation<T> both{a.x, a.x_layout, values.of(u, a), values.adds(u)};
       linear_rows(back, packed, u, 0, TL, linear_part(ix.colptr, ix.cols, s.parts, q),
                   linear_part(ix.colptr, ix.cols, s.parts, q + 1), groups.mine(), &both);
     }
-    values.end(a, by_columns ? ix.csr_to_csc : nullptr);
+    values.end(a, ix.csr_to_csc);
   }
 }
 
@@ -444,7 +452,7 @@ void backward_values(const LinearArgs<T>& a) {
       if (have != u) pack_features(a.x, a.x_layout, a.N, ix.cols, p.TL, u, 0, p.TL, 0, ix.cols, sources.mine());
       have = u;
       pack_features(a.grad_y, a.y_layout, a.N, ix.rows, p.TL, u, 0, p.TL, t.r0, t.r1, grads.mine());
-      t.grad_values = {values.of(u, a), nullptr, true};
+      t.grad_values = {values.of(u, a), true};
       for (int32_t k = ix.rowptr[t.r0]; !values.adds(u) && k < ix.rowptr[t.r1]; ++k) t.grad_values.at[k] = T(0);
       for (int h = 0; h < p.chunks; ++h) {
         t.begin = p.starts + h;

@@ -39,11 +39,10 @@ SB_INLINE void add_moments(const V<T>* v, V<T>& mean, V<T>& squares, T count) {
   squares += more + d * d * splat<T>(count * T(K) / all);
 }
 
-// Where the gradients of values go: nonzero k's to at[k], or, in another order, to at[order[k]].
+// Where the gradients of values go: nonzero k's to at[k].
 template <class T>
 struct GradValues {
   T* at;
-  const int32_t* order;
   bool add;  // or set
 };
 
@@ -54,11 +53,11 @@ SB_INLINE void pass_sums(const V<T>* sum, int m, const GradValues<T>& to, int32_
   V<T> lanes[n];
   for (int q = 0; q < n; ++q) lanes[q] = sum[q];
   const V<T> totals = sum_each<T>(lanes);
-  if (m == n && !to.order) return store(to.at + k, to.add ? load(to.at + k) + totals : totals);
+  if (m == n) return store(to.at + k, to.add ? load(to.at + k) + totals : totals);
   alignas(64) T out[n];
   store(out, totals);
   for (int q = 0; q < m; ++q) {
-    T& place = to.at[to.order ? to.order[k + q] : k + q];
+    T& place = to.at[k + q];
     place = to.add ? place + out[q] : out[q];
   }
 }
@@ -179,7 +178,8 @@ constexpr int registers_at_once(int positions) {
   return count;
 }
 
-constexpr int AHEAD = 2;  // channels whose own values are fetched while others are summed
+constexpr int64_t MANY = 16384;  // nonzeros that do not stay in the first-level cache
+constexpr int AHEAD = 2;         // so many channels before its turn, what belongs to a channel is fetched
 
 template <class T>
 struct GatherTile {
@@ -187,11 +187,11 @@ struct GatherTile {
   ptrdiff_t src_row;
   const int32_t* offset;  // per nonzero, in units of `scale` elements of src
   ptrdiff_t scale = 1;
-  const T* value;  // per nonzero, same order; or, with `order`, nonzero k has value[order[k]]
-  const int32_t* order = nullptr;
+  const T* value;        // per nonzero, same order
   const int32_t* begin;  // first nonzero of destination channel r: begin[r * ptr_step]; its end: end[r * ptr_step]
   const int32_t* end;
   ptrdiff_t ptr_step;
+  bool ask = false;  // for the nonzeros of later rows in advance: the pieces of many rows lie apart
   int64_t r0, r1;
   T* dst;  // of channel r0
   ptrdiff_t dst_channel, dst_row, dst_col;
@@ -273,14 +273,24 @@ SB_INLINE void finish_tile(const GatherTile<T>& t, int64_t r, int part, const V<
   }
 }
 
+// Fetches the nonzeros of channel r, if there is one.
+template <class T>
+SB_INLINE void ask_for(const GatherTile<T>& t, int64_t r) {
+  if (r >= t.r1) return;
+  const int32_t end = t.end[r * t.ptr_step], line = LINE / int(sizeof(int32_t));
+  for (int32_t k = t.begin[r * t.ptr_step]; k < end; k += line) {
+    __builtin_prefetch(t.offset + k);
+    __builtin_prefetch(t.value + k);
+  }
+}
+
 // dst[r][i][j][:] = bias[r] + sum_k value[k] * src[offset[k] + i*src_row + j*LANES + :].   Cost: nnz * TR * TC FMAs.
-template <class T, int TR, int TC, bool ORDERED>
+template <class T, int TR, int TC>
 void gather_tile_only(const GatherTile<T>& t) {
   // Enough sums at once to keep the multipliers busy: of all lanes of a position, if they fit into the registers, and
   // of even and odd nonzeros apart.
   constexpr int n = Vec<T>::n, P = registers_at_once<T>(TR * TC), CHAINS = P * TR * TC <= MAX_TILE / 2 ? 2 : 1;
   const int32_t* const offset = t.offset;
-  const int32_t* const order = t.order;
   const T* const value = t.value;
   const ptrdiff_t scale = t.scale;
   for (int64_t r = t.r0; r < t.r1; ++r) {
@@ -288,6 +298,7 @@ void gather_tile_only(const GatherTile<T>& t) {
     T* sums = t.first && t.last ? nullptr : t.sums + (r - t.r0) * TR * TC * LANES;
     const int32_t k0 = t.begin[r * t.ptr_step], k1 = t.end[r * t.ptr_step];
     if (k0 == k1 && !t.first && !t.last) continue;
+    if (t.ask) ask_for(t, r + AHEAD);
     V<T> half[TR][TC];
     for (int part = 0; part < LANES; part += P * n) {
       V<T> acc[CHAINS][P][TR][TC] = {};
@@ -296,7 +307,7 @@ void gather_tile_only(const GatherTile<T>& t) {
       for (int i = 0; i < TR; ++i) src[i] = t.src + part + i * t.src_row;
       const auto add = [&](int32_t k, int chain) {
         const ptrdiff_t at = TR == 1 ? offset[k] * scale : offset[k];
-        const V<T> v = splat<T>(value[ORDERED ? order[k] : k]);
+        const V<T> v = splat<T>(value[k]);
         for (int h = 0; h < P; ++h)
           for (int i = 0; i < TR; ++i)
             for (int j = 0; j < TC; ++j) acc[chain][h][i][j] += v * load(src[i] + at + j * LANES + h * n);
@@ -316,7 +327,7 @@ void gather_tile_only(const GatherTile<T>& t) {
 }
 
 // The same, and the gradients of values: what correlate_tile does for t.own.
-template <class T, int TR, int TC, bool ORDERED>
+template <class T, int TR, int TC>
 void gather_tile_both(const GatherTile<T>& t) {
   constexpr int n = Vec<T>::n;
   V<T> room[SumQueue<T>::ROOM];
@@ -324,7 +335,6 @@ void gather_tile_both(const GatherTile<T>& t) {
   // Copies, since what is stored could lie over t, for all the compiler knows: it would read them for every nonzero.
   const GradValues<T> grad_values = t.grad_values;
   const int32_t* const offset = t.offset;
-  const int32_t* const order = t.order;
   const T* const value = t.value;
   const ptrdiff_t scale = t.scale, src_row = t.src_row;
   for (int64_t r = t.r0; r < t.r1; ++r) {
@@ -340,6 +350,7 @@ void gather_tile_both(const GatherTile<T>& t) {
       }
       continue;
     }
+    if (t.ask) ask_for(t, r + AHEAD);
     if (t.first) {
       const T* next = t.own.data + (r - t.r0 + AHEAD) * t.own.channel;
       for (int i = 0; i < TR; ++i)
@@ -359,7 +370,7 @@ void gather_tile_both(const GatherTile<T>& t) {
         for (int i = 0; i < TR; ++i) src[i] = t.src + part + i * src_row;
         queue.put_part(part, k, end, grad_values, [&](int32_t k, V<T> sum) {
           const ptrdiff_t at = TR == 1 ? offset[k] * scale : offset[k];
-          const V<T> v = splat<T>(value[ORDERED ? order[k] : k]);
+          const V<T> v = splat<T>(value[k]);
           V<T> s[2] = {sum, zero<T>()};  // two chains: the out-of-order window overlaps neighbouring nonzeros
           for (int i = 0; i < TR; ++i)
             for (int j = 0; j < TC; ++j) {
@@ -382,10 +393,7 @@ void gather_tile_both(const GatherTile<T>& t) {
 
 template <class T, int TR, int TC>
 void gather_tile(const GatherTile<T>& t) {
-  if (TR == 1 && t.order)  // a linear layer's
-    t.grad_values.at ? gather_tile_both<T, 1, TC, true>(t) : gather_tile_only<T, 1, TC, true>(t);
-  else
-    t.grad_values.at ? gather_tile_both<T, TR, TC, false>(t) : gather_tile_only<T, TR, TC, false>(t);
+  t.grad_values.at ? gather_tile_both<T, TR, TC>(t) : gather_tile_only<T, TR, TC>(t);
 }
 
 template <class T>

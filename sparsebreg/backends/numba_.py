@@ -40,17 +40,24 @@ def _compile():
         for task in numba.prange(blocks * channels):
             b, c = task // channels, task % channels
             dst[b, c] = 0
+            # A row of all lanes at a time, side by side: planes of images lie at distances that caches dislike.
+            held = np.zeros((LANES, wide), x.dtype)
             for y in range(y0, y1):
                 i, py = (y + top) // sh, (y + top) % sh
                 for lane in range(min(lanes, n - b * lanes)):
-                    source = x[b * lanes + lane, c, y]
-                    if sw == 1:
-                        row = dst[b, c, py, 0, i]
-                        for j in range(x0, x1):
-                            row[j + left, lane] = source[j]
-                    else:
-                        for j in range(x0, x1):
-                            dst[b, c, py, (j + left) % sw, i, (j + left) // sw, lane] = source[j]
+                    source, to = x[b * lanes + lane, c, y], held[lane]
+                    for j in range(wide):
+                        to[j] = source[j]
+                if sw == 1:
+                    row = dst[b, c, py, 0, i]
+                    for j in range(x0, x1):
+                        for lane in range(LANES):
+                            row[j + left, lane] = held[lane, j]
+                else:
+                    for j in range(x0, x1):
+                        row = dst[b, c, py, (j + left) % sw, i, (j + left) // sw]
+                        for lane in range(LANES):
+                            row[lane] = held[lane, j]
 
     @numba.njit(**options)
     def unpack(src, y):
@@ -131,8 +138,8 @@ def _compile():
                         out[j] += a0 * s0[j]
 
     @numba.njit(**options)
-    def correlate(src, offset, ptr, grad, length, parts, grad_values):
-        """grad_values[k] = sum_{i, j} grad[i, d, j] * src[i, offset[k] + j] over j < length; k in row d."""
+    def correlate(src, offset, ptr, grad, start, length, parts, grad_values):
+        """grad_values[k] = sum_{i, j} grad[i, d, start + j] * src[i, offset[k] + j] over j < length; k in row d."""
         images, channels = grad.shape[0], grad.shape[1]
         tiles = (length + TILE - 1) // TILE
         for part in numba.prange(parts):
@@ -144,7 +151,7 @@ def _compile():
                 n = min(TILE, length - first)
                 source = src[image, first:]
                 for d in range(d0, d1):
-                    g = grad[image, d, first : first + n]
+                    g = grad[image, d, start + first : start + first + n]
                     k, end = ptr[d], ptr[d + 1]
                     while k + 4 <= end:
                         s0, s1 = source[offset[k] :], source[offset[k + 1] :]
@@ -230,12 +237,12 @@ class NumbaBackend:
                 src.numpy(), offset, value.detach().numpy(), ptr, bias.numpy(), length, parts, dst.numpy()
             )  # fmt: skip
 
-    def _run_correlate(self, src, offset, ptr, grad, length, nnz):
-        """The gradients of the values; grad (images, channels, numbers of a plane)."""
+    def _run_correlate(self, src, offset, ptr, grad, start, length, nnz):
+        """The gradients of the values; grad (images, channels, numbers of a plane); see ``correlate``."""
         grad_values = src.new_zeros(nnz)
         if grad.numel() and nnz:
             parts = max(1, min(grad.shape[1], 4 * self._threads()))
-            self._correlate(src.numpy(), offset, ptr, grad.numpy(), length, parts, grad_values.numpy())
+            self._correlate(src.numpy(), offset, ptr, grad.numpy(), start, length, parts, grad_values.numpy())
         return grad_values
 
     def _to_lanes(self, x: torch.Tensor, name: str, shift: tuple[int, int], phases: tuple[int, int], size):
@@ -284,7 +291,7 @@ class NumbaBackend:
             grad_x = self._turned_back(g[0], len(grad_y))
         if needs[1]:
             src, grad = self._turned(x, "source").view(1, -1), grad.view(1, pattern.rows, width)
-            grad_values = self._run_correlate(src, offset, pattern.rowptr.numpy(), grad, width, pattern.nnz)
+            grad_values = self._run_correlate(src, offset, pattern.rowptr.numpy(), grad, 0, width, pattern.nnz)
         return grad_x, grad_values, grad_y.sum(0) if needs[2] else None
 
     # Conv2d.
@@ -349,12 +356,13 @@ class NumbaBackend:
         return order, ptr, offset, (-ymin, -xmin), (rows, cols), (jh, jw)
 
     def conv2d_backward(self, pattern, grad_y, x, values, geometry, x_shape, needs):
-        grad_x = grad_values = None
+        grad_x = grad_values = packed = None
         if needs[0]:
             order, ptr, offset, shift, (rows, cols), (jh, jw) = pattern.cached(
                 ("numba back", geometry, tuple(x_shape[2:])), lambda: self._backward_plan(pattern, geometry, x_shape)
             )
             src = self._to_lanes(grad_y, "grad", shift, (1, 1), (rows, cols))
+            packed, room, start = src, (rows, cols), (shift[0] * cols + shift[1]) * LANES
             channels, phases = x_shape[1], geometry.stride
             g = self._scratch("dest", (len(src), channels, *phases, jh, cols, LANES), src)
             length = ((jh - 1) * cols + jw) * LANES
@@ -366,11 +374,14 @@ class NumbaBackend:
         if needs[1]:
             offset, (rows, cols), (oh, ow) = self._plan(pattern, geometry, x_shape)
             src = self._to_lanes(x, "source", geometry.padding, geometry.stride, (rows, cols))
-            # Rows as long as those of x, so that a plane is one run; what is between them is zero.
-            grad = self._to_lanes(grad_y, "grad", (0, 0), (1, 1), (oh, cols))
+            # Rows as long as those of x, so that a plane is one run; what is between them is zero. Where the output is
+            # as large as x, they have been packed like that for grad_x.
+            whole = packed is not None and all(0 <= s <= r - o for s, r, o in zip(shift, room, (oh, ow), strict=True))
+            if not whole or room[1] != cols:
+                packed, start = self._to_lanes(grad_y, "grad", (0, 0), (1, 1), (oh, cols)), 0
             length = ((oh - 1) * cols + ow) * LANES
             grad_values = self._run_correlate(
-                src.flatten(1), offset, pattern.rowptr.numpy(), grad.flatten(2), length, pattern.nnz
+                src.flatten(1), offset, pattern.rowptr.numpy(), packed.flatten(2), start, length, pattern.nnz
             )
         return grad_x, grad_values, grad_y.sum((0, 2, 3)) if needs[2] else None
 

@@ -335,7 +335,8 @@ template <class T, class PLANE>
 void norm_unpack_as(const NormArgs<T>& a) {
   constexpr int n = Vec<T>::n;
   const int64_t blocks = div_up(a.N, LANES), image = a.C * a.P, pieces = div_up(a.C, n);
-  const bool past_the_caches = a.C % n == 0 && should_stream_apart(a.y, a.N * image * int64_t(sizeof(T)));
+  // A register of every image at a time: only where that is a whole line.
+  const bool past_the_caches = LINE_PARTS == 1 && a.C % n == 0 && should_stream(a.y, a.N * image * int64_t(sizeof(T)));
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
     // A register's worth of channels at a time: as many streams as there are lanes, read from end to end.

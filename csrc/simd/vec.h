@@ -64,9 +64,6 @@ SB_INLINE bool should_stream(const void* p, int64_t bytes) {
   return CAN_STREAM && bytes >= (int64_t(4) << 20) && reinterpret_cast<uintptr_t>(p) % LINE == 0;
 }
 
-// The same where a register is written here and the next one elsewhere.
-SB_INLINE bool should_stream_apart(const void* p, int64_t bytes) { return LINE_PARTS == 1 && should_stream(p, bytes); }
-
 // Lane i is p[index[i]]. Only where it is faster than one load after the other.
 #if defined(__x86_64__) && SB_VECTOR_BYTES == 64
 constexpr bool CAN_GATHER = true;

@@ -131,7 +131,7 @@ void linear_rows(const LinearPass<T>& p, const T* packed, int64_t tile, int l0, 
   t.scale = ptrdiff_t(width) * LANES;
   t.value = p.sorted ? p.sorted : p.value;
   t.ptr_step = p.chunks;
-  t.ask = p.chunks > 1 && p.ptr[p.dst_features] >= MANY;
+  t.ask = p.ptr[p.dst_features] >= (p.chunks > 1 ? MANY : 2 * MANY);
   t.dst_row = 0;
   t.dst_col = LANES;
   t.dst_channel = int64_t(width) * LANES;

@@ -191,7 +191,7 @@ struct GatherTile {
   const int32_t* begin;  // first nonzero of destination channel r: begin[r * ptr_step]; its end: end[r * ptr_step]
   const int32_t* end;
   ptrdiff_t ptr_step;
-  bool ask = false;  // for the nonzeros of later rows in advance: the pieces of many rows lie apart
+  bool ask = false;  // for the nonzeros of later rows in advance
   int64_t r0, r1;
   T* dst;  // of channel r0
   ptrdiff_t dst_channel, dst_row, dst_col;

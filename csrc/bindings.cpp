@@ -376,15 +376,14 @@ NormArgs<T> back_norm_args(int64_t N, int64_t C, int64_t P, const BackNorm& norm
   return a;
 }
 
+// Sizes and layouts.
 template <class T>
-ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, int x_layout,
-                      int y_layout, const Array& values, int threads) {
+ConvArgs<T> conv_sizes(int64_t N, const std::vector<int>& geometry, int x_layout, int y_layout) {
   check_batch(N);
   if (geometry.size() != 13)
     refuse("geometry", "(IC, H, W, OC, KH, KW, SH, SW, PH, PW, DH, DW, G)",
            std::to_string(geometry.size()) + " numbers");
   ConvArgs<T> a{};
-  a.index = pattern.index;
   a.N = N;
   int* const fields[] = {&a.IC, &a.H, &a.W, &a.OC, &a.KH, &a.KW, &a.SH, &a.SW, &a.PH, &a.PW, &a.DH, &a.DW, &a.G};
   for (int i = 0; i < 13; ++i) *fields[i] = geometry[size_t(i)];
@@ -403,8 +402,6 @@ ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<i
     refuse("x", "an image at least as large as the kernel", std::to_string(a.H) + " x " + std::to_string(a.W));
   a.OH = int(oh / a.SH + 1);
   a.OW = int(ow / a.SW + 1);
-  if (a.index.rows != a.OC || a.index.cols != int64_t(a.IC / a.G) * a.KH * a.KW)
-    refuse("geometry", "channels and kernel size of the pattern's shape", "others");
   // Offsets inside a band are int32. A band is at least a tile high; bound it from above.
   const int64_t high = std::max(a.H, a.OH) + reach_y + 2 * int64_t(a.PH) + 8,
                 wide = a.W + a.OW + 2 * int64_t(a.PW) + reach_x + 32, border = std::max<int64_t>(reach_y, a.PH);
@@ -413,6 +410,16 @@ ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<i
     refuse("x", "a band of rows of less than 2**31 elements", "a larger image");
   a.x_layout = layout_of("x_layout", x_layout, 2);
   a.y_layout = layout_of("y_layout", y_layout, 2);
+  return a;
+}
+
+template <class T>
+ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, int x_layout,
+                      int y_layout, const Array& values, int threads) {
+  ConvArgs<T> a = conv_sizes<T>(N, geometry, x_layout, y_layout);
+  a.index = pattern.index;
+  if (a.index.rows != a.OC || a.index.cols != int64_t(a.IC / a.G) * a.KH * a.KW)
+    refuse("geometry", "channels and kernel size of the pattern's shape", "others");
   a.values = in<T>("values", values, a.index.nnz);
   a.threads = team(threads, double(N) * a.OH * a.OW * double(a.index.nnz + a.OC + a.IC));
   return a;
@@ -475,6 +482,22 @@ void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<in
     }
     py::gil_scoped_release nogil;
     kernels_of<T>().conv2d_backward(a);
+  });
+}
+
+void conv2d_weight_grad(int64_t N, const std::vector<int>& geometry, const Array& grad_y, int y_layout, const Array& x,
+                        int x_layout, const MaybeNorm& norm, const Array& grad_weight, int threads) {
+  for_dtype(grad_weight, [&](auto zero) {
+    using T = decltype(zero);
+    ConvArgs<T> a = conv_sizes<T>(N, geometry, x_layout, y_layout);
+    set_norm(a, norm);
+    a.x = in<T>("x", x, elements("x", N, a.x_layout, {a.IC, a.H, a.W}));
+    a.grad_y = in<T>("grad_y", grad_y, elements("grad_y", N, a.y_layout, {a.OC, a.OH, a.OW}));
+    const int64_t size = int64_t(a.OC) * (a.IC / a.G) * a.KH * a.KW;
+    a.grad_values = out<T>("grad_weight", grad_weight, size);
+    a.threads = team(threads, double(N) * a.OH * a.OW * double(size));
+    py::gil_scoped_release nogil;
+    kernels_of<T>().conv2d_weight_grad(a);
   });
 }
 
@@ -900,6 +923,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("weight_grad", &weight_grad);
   m.def("conv2d_forward", &conv2d_forward);
   m.def("conv2d_backward", &conv2d_backward);
+  m.def("conv2d_weight_grad", &conv2d_weight_grad);
   m.def("repack", &repack);
   m.def("linbreg_step", &linbreg_step);
   m.def("l1_shift", &l1_shift);

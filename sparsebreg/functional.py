@@ -103,8 +103,9 @@ class _Conv2d(torch.autograd.Function):
         pattern, geometry = ctx.pattern, ctx.geometry
         grad_y = _dense_format(_readable(grad_y, ctx.backend))
         _count(ctx.backend, needs[0] + needs[1], pattern, math.prod((len(grad_y), *grad_y.shape[2:])))
+        # First: a gradient that is still to be computed is from here on read twice.
+        grad_weight = _full_gradient(grad_y, x, pattern.shape, geometry, ctx.backend) if needs_weight else None
         grads = ctx.backend.conv2d_backward(pattern, grad_y, x, values, geometry, ctx.x_shape, needs)
-        grad_weight = _full_gradient(grad_y, x, pattern.shape, geometry) if needs_weight else None
         return *grads, grad_weight, None, None, None, None, None
 
 
@@ -118,8 +119,15 @@ def _full_linear_gradient(grad_y: torch.Tensor, x: torch.Tensor, backend: backen
     return grad
 
 
-def _full_gradient(grad_y: torch.Tensor, x: torch.Tensor, shape: tuple[int, ...], geometry: Geometry) -> torch.Tensor:
+def _full_gradient(
+    grad_y: torch.Tensor, x: torch.Tensor, shape: tuple[int, ...], geometry: Geometry, backend: backends.Backend
+) -> torch.Tensor:
     """The gradient of a convolution's dense weight of that shape."""
+    grad = backend.conv2d_weight_grad(grad_y, x, shape, geometry)
+    if grad is not None:
+        if torch._C._len_torch_dispatch_stack():
+            torch.ops.sparsebreg.count_flops(2 * grad.numel() * math.prod((len(grad_y), *grad_y.shape[2:])))
+        return grad
     stride, padding, dilation, groups = geometry
     if not isinstance(grad_y, LaneTensor):
         x = _plain(x)

@@ -214,6 +214,7 @@ struct Kernels {
   void (*weight_grad)(const GradFactors<T>&, T* grad_weight, int threads);
   void (*conv2d_forward)(const ConvArgs<T>&);
   void (*conv2d_backward)(const ConvArgs<T>&);
+  void (*conv2d_weight_grad)(const ConvArgs<T>&);
   void (*pack)(const PackArgs<T>&);
   void (*unpack)(const PackArgs<T>&);
   // Steps say whether every nonzero weight stands in the index of `gather`; without one, yes.

@@ -384,6 +384,7 @@ void test_conv2d() {
         if (relu) x[i] = std::max(x[i], 0.0);
       }
       Doubles y(grad_y.size()), grad_x(x.size()), grad_values(p.values.size()), grad_bias(bias.size());
+      Doubles grad_weight(p.at.size());
       for (int64_t n = 0; n < N; ++n)
         for (int oc = 0; oc < c.OC; ++oc)
           for (int oy = 0; oy < OH; ++oy)
@@ -391,12 +392,15 @@ void test_conv2d() {
               const size_t o = size_t(((n * c.OC + oc) * OH + oy) * OW + ox);
               y[o] = bias[size_t(oc)];
               grad_bias[size_t(oc)] += grad_y[o];
-              for (int k = p.rowptr[size_t(oc)]; k < p.rowptr[size_t(oc) + 1]; ++k) {
-                const int j = p.col[size_t(k)];
+              const int taps = ICg * c.KH * c.KW;
+              for (int j = 0; j < taps; ++j) {
                 const int ic = oc / OCg * ICg + j / (c.KH * c.KW);
                 const int iy = oy * c.SH - c.PH + j / c.KW % c.KH * c.DH, ix = ox * c.SW - c.PW + j % c.KW * c.DW;
                 if (iy < 0 || iy >= c.H || ix < 0 || ix >= c.W) continue;
-                const size_t i = size_t(((n * c.IC + ic) * c.H + iy) * c.W + ix);
+                const size_t i = size_t(((n * c.IC + ic) * c.H + iy) * c.W + ix), w = size_t(oc * taps + j);
+                grad_weight[w] += grad_y[o] * x[i];
+                const int32_t k = p.at[w];
+                if (k < 0) continue;
                 y[o] += p.values[size_t(k)] * x[i];
                 grad_x[i] += p.values[size_t(k)] * grad_y[o];
                 grad_values[size_t(k)] += grad_y[o] * x[i];
@@ -463,6 +467,13 @@ void test_conv2d() {
                   }
                   compare("grad_values", gv, grad_values);
                   compare("grad_bias", gb, grad_bias);
+                  if (!back) {
+                    Buffer<T> all(int64_t(grad_weight.size()));
+                    ConvArgs<T> full = a;
+                    full.index = Index{}, full.values = nullptr, full.grad_values = all;
+                    kernels<T>().conv2d_weight_grad(full);
+                    compare("grad_weight", all, grad_weight);
+                  }
                   for (int only = 0; only < 3; ++only) {  // one gradient alone
                     Buffer<T> x1(xs.size()), v1(p.index.nnz), b1(c.OC);
                     a.grad_x = only == 0 ? x1.data : nullptr;
@@ -965,7 +976,7 @@ void test_pattern() {
 }  // namespace
 
 int main() {
-  static_assert(sizeof(Kernels<float>) == 23 * sizeof(void (*)()), "a kernel of the table has no test here");
+  static_assert(sizeof(Kernels<float>) == 24 * sizeof(void (*)()), "a kernel of the table has no test here");
   test_pattern();
   test_pack();
   test_linear();

@@ -93,3 +93,9 @@ class Backend(Protocol):
         x_shape: torch.Size,
         needs: tuple[bool, bool, bool],
     ) -> Grads: ...
+
+    def conv2d_weight_grad(
+        self, grad_y: torch.Tensor, x: torch.Tensor, shape: tuple[int, ...], geometry: Geometry
+    ) -> torch.Tensor | None:
+        """The gradient of a whole weight of that shape, where that is faster than torch makes it; else None."""
+        ...

@@ -160,6 +160,19 @@ class NativeBackend:
         )  # fmt: skip
         return grad_x, _tensor(grad_values), _tensor(grad_bias)
 
+    def conv2d_weight_grad(self, grad_y, x, shape, geometry):
+        n, layout, grad_layout = grad_y.shape[0], _layout(x), _layout(grad_y)
+        # Lanes would be empty; or torch has a matrix product to do, without a copy.
+        if n < LANES or not grad_y.numel() or (grad_layout is Layout.CHANNELS_LAST and shape[2:] == (1, 1)):
+            return None
+        source, norm = _source(x, layout)
+        grad = memory.empty_array(shape, grad_y.dtype)
+        self.C.conv2d_weight_grad(
+            n, _geometry(shape, geometry, x.shape[1:]), _memory(grad_y, grad_layout), grad_layout, source, layout,
+            None if norm is None else norm.factors(), grad, torch.get_num_threads(),
+        )  # fmt: skip
+        return torch.from_numpy(grad)
+
 
 def load() -> NativeBackend:
     """Raises BackendError where the extension was not built or does not load."""

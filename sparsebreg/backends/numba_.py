@@ -320,6 +320,9 @@ class NumbaBackend:
     def weight_grad(self, grad_y, x):
         return None
 
+    def conv2d_weight_grad(self, grad_y, x, shape, geometry):
+        return None
+
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):
         offset, (rows, cols), (oh, ow) = self._plan(pattern, geometry, x.shape)
         src = self._to_lanes(x, "source", geometry.padding, geometry.stride, (rows, cols))

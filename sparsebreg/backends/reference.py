@@ -26,6 +26,9 @@ class ReferenceBackend:
     def weight_grad(self, grad_y, x):
         return None
 
+    def conv2d_weight_grad(self, grad_y, x, shape, geometry):
+        return None
+
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):
         y = F.conv2d(x, pattern.scatter(values), bias, *geometry)
         return y.contiguous(memory_format=FORMATS[layout])

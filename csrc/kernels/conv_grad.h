@@ -1,0 +1,213 @@
+// The gradient of all weights of a convolution. Included inside an instruction set's namespace; no include guard.
+//
+// A weight's gradient is a sum over samples and positions. The sums of some output channels times some taps stay in
+// registers, each lane those of its own samples, while a block of positions passes by: every load serves several of
+// them, all are contiguous, and lanes are added up once a block. x lies in bands as for the products with the active
+// weights (see conv2d.h), a few input channels at once, so that they stay in the second-level cache; grad_y is read
+// where it is.
+
+#if SB_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int MANY_CHANNELS = 8;  // thirty-two registers
+#else
+constexpr int MANY_CHANNELS = 4;
+#endif
+constexpr int TAPS = 3;  // at once: a row of the usual kernel
+
+// A block of positions: `blocks` of samples, `rows`, and row_length elements of every row.
+template <class T>
+struct OuterTile {
+  const T* grad;  // of the first channel
+  ptrdiff_t grad_block, grad_channel, grad_row;
+  const T* src;
+  ptrdiff_t src_block, src_row;
+  const int32_t* offset;  // of the first tap in src
+  int blocks, rows;
+  ptrdiff_t row_length;
+  T* to;  // of the first channel and tap; taps are neighbours
+  ptrdiff_t to_channel;
+  bool add;  // or set
+};
+
+template <class T, int OT, int KT>
+void outer_tile(const OuterTile<T>& t) {
+  constexpr int n = Vec<T>::n, M = OT * KT;
+  V<T> acc[OT][KT] = {};
+  for (int b = 0; b < t.blocks; ++b)
+    for (int y = 0; y < t.rows; ++y) {
+      const T* g = t.grad + b * t.grad_block + y * t.grad_row;
+      const T* x[KT];
+      for (int j = 0; j < KT; ++j) x[j] = t.src + b * t.src_block + y * t.src_row + t.offset[j];
+      for (ptrdiff_t i = 0; i < t.row_length; i += n) {
+        V<T> own[KT];
+        for (int j = 0; j < KT; ++j) own[j] = load(x[j] + i);
+        for (int o = 0; o < OT; ++o) {
+          const V<T> v = load(g + o * t.grad_channel + i);
+          for (int j = 0; j < KT; ++j) acc[o][j] += v * own[j];
+        }
+      }
+    }
+  alignas(64) T sums[(M + n - 1) / n * n];
+  for (int m = 0; m < M; m += n) {
+    V<T> lanes[n];
+    for (int q = 0; q < n; ++q) lanes[q] = m + q < M ? acc[(m + q) / KT % OT][(m + q) % KT] : zero<T>();
+    store(sums + m, sum_each<T>(lanes));
+  }
+  for (int o = 0; o < OT; ++o)
+    for (int j = 0; j < KT; ++j) {
+      T& place = t.to[o * t.to_channel + j];
+      place = t.add ? place + sums[o * KT + j] : sums[o * KT + j];
+    }
+}
+
+template <class T>
+using OuterFn = void (*)(const OuterTile<T>&);
+
+template <class T, int OT>
+OuterFn<T> pick_outer(int taps) {
+  static constexpr OuterFn<T> fns[] = {outer_tile<T, OT, 1>, outer_tile<T, OT, 2>, outer_tile<T, OT, 3>};
+  static_assert(TAPS == 3, "one for every number of taps");
+  return fns[taps - 1];
+}
+
+// For 1, 2, 4 or MANY_CHANNELS.
+template <class T>
+OuterFn<T> outer_fn(int channels, int taps) {
+  if (channels == MANY_CHANNELS) return pick_outer<T, MANY_CHANNELS>(taps);
+  return channels == 4 ? pick_outer<T, 4>(taps) : channels == 2 ? pick_outer<T, 2>(taps) : pick_outer<T, 1>(taps);
+}
+
+// How the work is shared out: jobs (group, unit, share). A unit is a part of a group's input channels, whose bands one
+// thread reads; where there are fewer units than threads, some of these share one and sum up apart.
+struct GradPlan {
+  int high, deep;  // rows of positions and blocks of samples at once
+  int width;       // input channels of a unit, at most
+  int units;       // of a group
+  int shares;
+};
+
+// band: of x but for its rows.
+template <class T>
+GradPlan plan_grad(const ConvArgs<T>& a, const Band& band, int reach_y, int64_t blocks) {
+  const int64_t vector = LANES * int64_t(sizeof(T)), KK = int64_t(a.KH) * a.KW;
+  const int64_t L1 = (MANY_CHANNELS > 4 ? 40 : 24) << 10, L2 = 128 << 10;
+  const int64_t channels = div_up(TAPS, KK), row = int64_t(band.NY) * band.NX * band.CB * vector;
+  // A tile's positions of x and grad_y, to be passed by again for the next taps.
+  const auto fits = [&](int rows, int64_t images) {
+    return images * (channels * row * (rows + reach_y) + MANY_CHANNELS * vector * rows * a.OW) <= L1;
+  };
+  GradPlan p{1, 1, 1, 1, 1};
+  while (p.high < a.OH && fits(p.high + 1, 1)) ++p.high;
+  p.high = even_rows(p.high, 1, a.OH);
+  while (p.high == a.OH && p.deep < blocks && fits(p.high, p.deep + 1)) ++p.deep;
+  const int ICg = a.IC / a.G, threads = int(div_up(a.threads, a.G));
+  const int64_t held = L2 / (row * (p.high + reach_y) * p.deep);
+  p.units = int(div_up(ICg, most<int64_t>(1, least<int64_t>(held, ICg))));
+  // All threads get about as much: they divide, or are divided by, the number of units.
+  while (p.units < least(threads, ICg) && threads % p.units) ++p.units;
+  if (p.units > threads) p.units = least(ICg, int(div_up(p.units, threads)) * threads);
+  p.width = int(div_up(ICg, p.units));
+  p.units = int(div_up(ICg, p.width));
+  const int64_t tasks = div_up(blocks, p.deep) * div_up(a.OH, p.high);
+  p.shares = int(least<int64_t>(tasks, most(1, threads / p.units)));
+  return p;
+}
+
+// a.grad_values (OC, IC / G, KH, KW), whole = sum of grad_y[n][oc][oy][ox] * x[n][ic][oy*SH + ky*DH - PH][ox*SW + kx*DW
+// - PW]. Neither a.index nor a.values is looked at.
+template <class T>
+void conv2d_weight_grad(const ConvArgs<T>& a) {
+  const int KK = a.KH * a.KW, ICg = a.IC / a.G, OCg = a.OC / a.G;
+  const int64_t cols = int64_t(ICg) * KK, size = a.OC * cols, plane = int64_t(a.OH) * a.OW;
+  const int64_t blocks = div_up(a.N, LANES);
+  if (a.N == 0 || plane == 0) {
+    for (int64_t k = 0; k < size; ++k) a.grad_values[k] = T(0);
+    return;
+  }
+  int32_t* mem = scratch<int32_t>(slot_plan, 3 * (int64_t(a.KH) + a.KW) + cols);
+  int *ry = mem, *phase_y = ry + a.KH, *q_y = phase_y + a.KH;
+  int *rx = q_y + a.KH, *phase_x = rx + a.KW, *q_x = phase_x + a.KW;
+  int32_t* offset = q_x + a.KW;
+  Band b;
+  int reach_y, reach_x;
+  b.NY = axis_phases(a.KH, a.SH, a.DH, ry, phase_y, q_y, &reach_y);
+  b.NX = axis_phases(a.KW, a.SW, a.DW, rx, phase_x, q_x, &reach_x);
+  b.ry = ry, b.rx = rx;
+  b.C = a.IC, b.H = a.H, b.W = a.W, b.SY = a.SH, b.SX = a.SW, b.OY = -a.PH, b.OX = -a.PW;
+  b.CB = a.OW + reach_x;
+  const GradPlan plan = plan_grad(a, b, reach_y, blocks);
+  b.rows = plan.high, b.RB = plan.high + reach_y;
+  b.channel = int64_t(b.NY) * b.NX * b.RB * b.CB * LANES;
+  const int64_t bands = div_up(a.OH, plan.high), tasks = div_up(blocks, plan.deep) * bands;
+  for (int c = 0, j = 0; c < plan.width; ++c)
+    for (int ky = 0; ky < a.KH; ++ky)
+      for (int kx = 0; kx < a.KW; ++kx, ++j)
+        offset[j] = int32_t(c * b.channel +
+                            ((int64_t(phase_y[ky] * b.NX + phase_x[kx]) * b.RB + q_y[ky]) * b.CB + q_x[kx]) * LANES);
+  // grad_y where it cannot be read in place.
+  const Band of_grad{a.OC,      a.OH,      a.OW,      1,    1, 0, 0, 1, 1, NO_PHASES, NO_PHASES, plan.high,
+                     plan.high, a.OW, int64_t(plan.high) * a.OW * LANES};
+  const bool in_place = a.y_layout == Layout::lanes, copied = !in_place || a.N % LANES;
+  const int64_t x_size = plan.width * b.channel, x_line = int64_t(b.RB * b.SY + b.SY) * a.W * LANES;
+  const int64_t grad_size = OCg * of_grad.channel, grad_line = int64_t(plan.high + 1) * a.OW * LANES;
+  const TeamScratch<T> sources(slot_source, a.threads, plan.deep * x_size + x_line);
+  const TeamScratch<T> grads(slot_grad, a.threads, copied ? plan.deep * grad_size + grad_line : 0);
+  T* sums = plan.shares > 1 ? scratch<T>(slot_sums, plan.shares * size) : a.grad_values;
+  const int64_t jobs = int64_t(a.G) * plan.units * plan.shares;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  {
+    T* source = sources.mine();
+    T* grad = grads.mine();
+#pragma omp for schedule(static)
+    for (int64_t job = 0; job < jobs; ++job) {
+      const int share = int(job % plan.shares), unit = int(job / plan.shares % plan.units);
+      const int group = int(job / plan.shares / plan.units);
+      const int c0 = group * ICg + unit * plan.width, c1 = least(c0 + plan.width, (group + 1) * ICg);
+      const int r0 = group * OCg, r1 = r0 + OCg, taps = (c1 - c0) * KK;
+      const int64_t first = tasks * share / plan.shares, last = tasks * (share + 1) / plan.shares;
+      T* const to = sums + share * size + int64_t(unit) * plan.width * KK;
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t nb = task / bands * plan.deep;
+        const int row0 = int(task % bands) * plan.high;
+        OuterTile<T> t;
+        t.blocks = int(least<int64_t>(plan.deep, blocks - nb));
+        t.rows = least(plan.high, a.OH - row0);
+        t.row_length = ptrdiff_t(a.OW) * LANES;
+        const bool here = in_place && (nb + t.blocks) * LANES <= a.N;
+        for (int i = 0; i < t.blocks; ++i) {
+          fill_band(b, a.x, a.x_layout, a.N, nb + i, row0, c0, c1, source + i * x_size - c0 * b.channel,
+                    source + plan.deep * x_size, Passage<T>{a.x_scale, a.x_shift, a.x_relu});
+          if (here) continue;
+          fill_band(of_grad, a.grad_y, a.y_layout, a.N, nb + i, row0, r0, r1,
+                    grad + i * grad_size - r0 * of_grad.channel, grad + plan.deep * grad_size);
+        }
+        t.src = source;
+        t.src_block = x_size;
+        t.src_row = int64_t(b.CB) * LANES;
+        t.grad_block = here ? a.OC * plane * LANES : grad_size;
+        t.grad_channel = here ? plane * LANES : of_grad.channel;
+        t.grad_row = t.row_length;
+        t.to_channel = cols;
+        t.add = task > first;
+        const T* from = here ? a.grad_y + ((nb * a.OC + r0) * plane + int64_t(row0) * a.OW) * LANES : grad;
+        for (int r = r0, count; r < r1; r += count, from += count * t.grad_channel) {
+          count = MANY_CHANNELS;
+          while (count > r1 - r) count /= 2;
+          t.grad = from;
+          for (int k = 0; k < taps; k += TAPS) {
+            t.offset = offset + k;
+            t.to = to + r * cols + k;
+            outer_fn<T>(count, least(TAPS, taps - k))(t);
+          }
+        }
+      }
+    }
+    if (plan.shares > 1) {
+#pragma omp for schedule(static)
+      for (int64_t k = 0; k < size; ++k) {
+        T total = sums[k];
+        for (int m = 1; m < plan.shares; ++m) total += sums[m * size + k];
+        a.grad_values[k] = total;
+      }
+    }
+  }
+}

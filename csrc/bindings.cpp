@@ -437,6 +437,17 @@ void set_norm(ConvArgs<T>& a, const MaybeNorm& norm) {
   a.x_relu = std::get<2>(*norm);
 }
 
+// `behind` is for the arguments of the norm to lie in.
+template <class T>
+void set_back_norm(ConvArgs<T>& a, const std::optional<BackNorm>& y_norm, const Array& grad_y, NormArgs<T>* behind,
+                   int threads) {
+  if (!y_norm) return;
+  if (a.y_layout != Layout::lanes) refuse("y_layout", "the lane layout where y has a norm", "another");
+  int64_t size;
+  *behind = back_norm_args<T>(a.N, a.OC, int64_t(a.OH) * a.OW, *y_norm, grad_y, &size, threads);
+  a.y_norm = behind;
+}
+
 void conv2d_forward(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, const Array& x,
                     int x_layout, const MaybeNorm& norm, const Array& values, const Maybe& bias, const Array& y,
                     int y_layout, std::optional<std::pair<Array, Array>> moments, int threads) {
@@ -468,12 +479,7 @@ void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<in
     check_backward(a, elements("x", N, a.x_layout, {a.IC, a.H, a.W}),
                    elements("grad_y", N, a.y_layout, {a.OC, a.OH, a.OW}), grad_y, x, grad_x, grad_values, grad_bias);
     NormArgs<T> behind;
-    if (y_norm) {
-      if (a.y_layout != Layout::lanes) refuse("y_layout", "the lane layout where y has a norm", "another");
-      int64_t size;
-      behind = back_norm_args<T>(N, a.OC, int64_t(a.OH) * a.OW, *y_norm, grad_y, &size, threads);
-      a.y_norm = &behind;
-    }
+    set_back_norm(a, y_norm, grad_y, &behind, threads);
     if (sums) {
       if (!a.x || !a.x_relu || !a.grad_x || N < 1) refuse("sums", "a norm of x with a ReLU, and grad_x", "others");
       a.x_mean = in<T>("mean", std::get<0>(*sums), a.IC);
@@ -485,16 +491,20 @@ void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<in
   });
 }
 
-void conv2d_weight_grad(int64_t N, const std::vector<int>& geometry, const Array& grad_y, int y_layout, const Array& x,
-                        int x_layout, const MaybeNorm& norm, const Array& grad_weight, int threads) {
+void conv2d_weight_grad(int64_t N, const std::vector<int>& geometry, const Array& grad_y, int y_layout,
+                        const std::optional<BackNorm>& y_norm, const Array& x, int x_layout, const MaybeNorm& norm,
+                        const Array& grad_weight, const Maybe& grad_bias, int threads) {
   for_dtype(grad_weight, [&](auto zero) {
     using T = decltype(zero);
     ConvArgs<T> a = conv_sizes<T>(N, geometry, x_layout, y_layout);
     set_norm(a, norm);
     a.x = in<T>("x", x, elements("x", N, a.x_layout, {a.IC, a.H, a.W}));
     a.grad_y = in<T>("grad_y", grad_y, elements("grad_y", N, a.y_layout, {a.OC, a.OH, a.OW}));
+    NormArgs<T> behind;
+    set_back_norm(a, y_norm, grad_y, &behind, threads);
     const int64_t size = int64_t(a.OC) * (a.IC / a.G) * a.KH * a.KW;
     a.grad_values = out<T>("grad_weight", grad_weight, size);
+    a.grad_bias = maybe_out<T>("grad_bias", grad_bias, a.OC);
     a.threads = team(threads, double(N) * a.OH * a.OW * double(size));
     py::gil_scoped_release nogil;
     kernels_of<T>().conv2d_weight_grad(a);
@@ -791,33 +801,16 @@ void norm_reduce(int64_t N, int64_t C, int64_t P, const Array& x, const Array& g
   });
 }
 
-// What a norm makes of the gradient of its result; in the lane layout, or (N, P, C) with channels_last.
+// What a norm makes of the gradient of its result.
 void norm_grad(int64_t N, int64_t C, int64_t P, const Array& grad_y, const BackNorm& norm, const Array& grad_x,
-               bool channels_last, int threads) {
+               int threads) {
   for_dtype(grad_y, [&](auto zero) {
     using T = decltype(zero);
     int64_t size;
     NormArgs<T> a = back_norm_args<T>(N, C, P, norm, grad_y, &size, threads);
-    a.y = out<T>("grad_x", grad_x, channels_last ? elements("grad_x", N, Layout::plain, {C, P}) : size);
+    a.y = out<T>("grad_x", grad_x, size);
     py::gil_scoped_release nogil;
-    (channels_last ? kernels_of<T>().norm_unpack : kernels_of<T>().norm_grad)(a);
-  });
-}
-
-// y (N, P, C) of x, or of its norm.
-void norm_unpack(int64_t N, int64_t C, int64_t P, const Array& x, const MaybeNorm& norm, const Array& y, int threads) {
-  for_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
-    int64_t size;
-    NormArgs<T> a = norm_args<T>(N, C, P, x, &size, threads);
-    if (norm) {
-      a.scale = in<T>("scale", std::get<0>(*norm), C);
-      a.shift = in<T>("shift", std::get<1>(*norm), C);
-      a.relu = std::get<2>(*norm);
-    }
-    a.y = out<T>("y", y, elements("y", N, Layout::plain, {C, P}));
-    py::gil_scoped_release nogil;
-    kernels_of<T>().norm_unpack(a);
+    kernels_of<T>().norm_grad(a);
   });
 }
 
@@ -934,7 +927,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_apply", &norm_apply);
   m.def("norm_reduce", &norm_reduce);
   m.def("norm_grad", &norm_grad);
-  m.def("norm_unpack", &norm_unpack);
   m.def("gather", &gather_values);
   m.def("gather_all", &gather_all_values);
   m.def("scatter", &scatter_values);

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from sparsebreg import backends, memory
 from sparsebreg.backends import Geometry, Layout
 from sparsebreg.errors import check_input, expected
-from sparsebreg.lanes import LANES, LaneTensor, to_channels_last
+from sparsebreg.lanes import LANES, LaneTensor
 from sparsebreg.pattern import SparsePattern
 from sparsebreg.profiling import labelled
 
@@ -103,10 +103,14 @@ class _Conv2d(torch.autograd.Function):
         pattern, geometry = ctx.pattern, ctx.geometry
         grad_y = _dense_format(_readable(grad_y, ctx.backend))
         _count(ctx.backend, needs[0] + needs[1], pattern, math.prod((len(grad_y), *grad_y.shape[2:])))
-        # First: a gradient that is still to be computed is from here on read twice.
-        grad_weight = _full_gradient(grad_y, x, pattern.shape, geometry, ctx.backend) if needs_weight else None
-        grads = ctx.backend.conv2d_backward(pattern, grad_y, x, values, geometry, ctx.x_shape, needs)
-        return *grads, grad_weight, None, None, None, None, None
+        if not needs_weight:
+            return *ctx.backend.conv2d_backward(pattern, grad_y, x, values, geometry, ctx.x_shape, needs), *[None] * 6
+        grad_weight, grad_bias = _full_gradient(grad_y, x, pattern.shape, geometry, (needs[0], needs[2]), ctx.backend)
+        needs = needs[0], needs[1], needs[2] and grad_bias is None
+        grads = (None, None, None)
+        if any(needs):
+            grads = ctx.backend.conv2d_backward(pattern, grad_y, x, values, geometry, ctx.x_shape, needs)
+        return *grads[:2], grads[2] if grad_bias is None else grad_bias, grad_weight, *[None] * 5
 
 
 def _full_linear_gradient(grad_y: torch.Tensor, x: torch.Tensor, backend: backends.Backend) -> torch.Tensor:
@@ -120,31 +124,31 @@ def _full_linear_gradient(grad_y: torch.Tensor, x: torch.Tensor, backend: backen
 
 
 def _full_gradient(
-    grad_y: torch.Tensor, x: torch.Tensor, shape: tuple[int, ...], geometry: Geometry, backend: backends.Backend
-) -> torch.Tensor:
-    """The gradient of a convolution's dense weight of that shape."""
-    grad = backend.conv2d_weight_grad(grad_y, x, shape, geometry)
-    if grad is not None:
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    shape: tuple[int, ...],
+    geometry: Geometry,
+    needs: tuple[bool, bool],
+    backend: backends.Backend,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradient of a convolution's dense weight of that shape, and that of the bias if it falls off on the way."""
+    found = backend.conv2d_weight_grad(grad_y, x, shape, geometry, needs)
+    if found is not None:
         if torch._C._len_torch_dispatch_stack():
-            torch.ops.sparsebreg.count_flops(2 * grad.numel() * math.prod((len(grad_y), *grad_y.shape[2:])))
-        return grad
+            torch.ops.sparsebreg.count_flops(2 * found[0].numel() * math.prod((len(grad_y), *grad_y.shape[2:])))
+        return found
+    grad_y, x = _plain(grad_y), _plain(x)
     stride, padding, dilation, groups = geometry
-    if not isinstance(grad_y, LaneTensor):
-        x = _plain(x)
-    elif shape[2:] == (1, 1) and groups == 1 and padding == (0, 0):
+    if geometry.is_product(shape[2:], grad_y):
         # oneDNN writes out of bounds for strided 1x1 kernels in the channels_last format (torch 2.13, 8 channels).
-        x = to_channels_last(x)[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).reshape(-1, shape[1])
-        grad = to_channels_last(grad_y).permute(0, 2, 3, 1).reshape(-1, shape[0])
-        return torch.mm(grad.t(), x, out=memory.empty(shape[:2], grad.dtype)).view(shape)
-    elif shape[2:] == (1, 1):
-        x, grad_y = _plain(x), grad_y.plain
-    else:  # torch's faster format
-        x, grad_y = to_channels_last(x), to_channels_last(grad_y)
+        x = x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).reshape(-1, shape[1])
+        grad_y = grad_y.permute(0, 2, 3, 1).reshape(-1, shape[0])
+        return torch.mm(grad_y.t(), x, out=memory.empty(shape[:2], x.dtype)).view(shape), None
     weight = x.new_empty(1).expand(shape)  # only its sizes count
     _, grad, _ = torch.ops.aten.convolution_backward(
         grad_y, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (False, True, False)
     )
-    return grad if grad.is_contiguous() else memory.empty(shape, grad.dtype).copy_(grad)
+    return grad if grad.is_contiguous() else memory.empty(shape, grad.dtype).copy_(grad), None
 
 
 def _dense_format(x: torch.Tensor) -> torch.Tensor:

@@ -95,10 +95,6 @@ class _Cell:
             self.plain = unpack(self.packed, self.n)
         return self.plain
 
-    def unpack_to(self, out: Any, sizes: tuple[int, int, int]) -> None:
-        """Unpacks to an array (samples, ..., channels) with samples, channels and positions ``sizes``."""
-        native().norm_unpack(*sizes, self.get_packed().numpy(), None, out, torch.get_num_threads())
-
     def expose(self) -> torch.Tensor:
         plain = self.get_plain()
         self._settle()
@@ -194,12 +190,6 @@ class _Normed(_Deferred):
             return self.scale.numpy(), self.shift.numpy()
         return self.get_packed().numpy()
 
-    def unpack_to(self, out: Any, sizes: tuple[int, int, int]) -> None:
-        sources = self.sources  # read first: another thread may be done at any time
-        if self.summed or sizes != self.sizes or not self.waiting():
-            return super().unpack_to(out, sizes)
-        native().norm_unpack(*sizes, sources[0].get_packed().numpy(), self.factors(), out, torch.get_num_threads())
-
     def _like(self, sources, relu: bool, residual_norm) -> _Normed:
         return _Normed(sources, self.sizes, self.mean, self.scale, self.shift, relu, residual_norm)
 
@@ -268,21 +258,11 @@ class _NormGrad(_Deferred):
         """As the kernels take it."""
         return x.get_packed().numpy(), self.gate, *(f.numpy() for f in self.factors)
 
-    def unpack_to(self, out: Any, sizes: tuple[int, int, int]) -> None:
-        sources = self.sources  # read first: another thread may be done at any time
-        if sizes != self.sizes or not self.waiting():
-            return super().unpack_to(out, sizes)
-        native().norm_grad(
-            *sizes, sources[0].get_packed().numpy(), self.norm(sources[1]), out, True, torch.get_num_threads()
-        )
-
     @labelled("norm_grad")
     def compute(self, sources: tuple[_Cell, ...]) -> torch.Tensor:
         grad, x = sources
         out = memory.empty(tuple(x.get_packed().shape), x.get_packed().dtype)
-        native().norm_grad(
-            *self.sizes, grad.get_packed().numpy(), self.norm(x), out.numpy(), False, torch.get_num_threads()
-        )
+        native().norm_grad(*self.sizes, grad.get_packed().numpy(), self.norm(x), out.numpy(), torch.get_num_threads())
         return out
 
 
@@ -347,20 +327,6 @@ class LaneTensor(torch.Tensor):
 def wrap(packed: torch.Tensor, n: int) -> LaneTensor:
     """The lane tensor of n samples over (ceil(n / 16), ..., 16)."""
     return _alias(_Cell(packed, n), (n, *packed.shape[1:-1]), packed.dtype)
-
-
-@labelled("unpack")
-def to_channels_last(x: torch.Tensor) -> torch.Tensor:
-    """A copy of x (N, C, H, W) in torch's channels_last format, outside of autograd.
-
-    A batch norm that x waits for is applied on the way, and x goes on waiting.
-    """
-    x = x.detach()
-    if not isinstance(x, LaneTensor) or x._cell.exposed or not x.numel():
-        return (x.plain if isinstance(x, LaneTensor) else x).contiguous(memory_format=torch.channels_last)
-    out = memory.empty(tuple(x.shape), x.dtype, torch.channels_last)
-    x._cell.unpack_to(out.permute(0, 2, 3, 1).numpy(), _norm_sizes(x))
-    return out
 
 
 def make_moments(x: LaneTensor) -> tuple[Any, Any]:

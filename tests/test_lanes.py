@@ -353,33 +353,6 @@ def test_full_gradient_of_a_weight(kernel, stride, padding, groups, n):
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-2)
 
 
-COPIED = {
-    "tensor": lambda n, x: x,
-    "exposed": lambda n, x: (x[:, :2].mul_(2), x)[1],
-    "norm": lambda n, x: n(x),
-    "relu": lambda n, x: F.relu(n(x)),
-    "sum": lambda n, x: F.relu(n(x) + x),
-    "regrouped": lambda n, x: F.relu(n(x)).view(-1, 10, 3, 2),
-}
-
-
-@pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("n", [16, 21])
-@pytest.mark.parametrize("name", COPIED)
-def test_to_channels_last(name, n, training):
-    norm = nn.BatchNorm2d(5).double().train(training)
-    x = torch.randn(n, 5, 3, 4, dtype=torch.float64)
-    with torch.no_grad():
-        want = COPIED[name](norm, x.clone())
-        y = COPIED[name](norm, lanes.from_plain(x))
-        got = lanes.to_channels_last(y)
-        assert type(got) is torch.Tensor
-        assert got.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(got, want)
-        torch.testing.assert_close(ordinary(y), want)  # it is still there
-
-
 @pytest.mark.parametrize("n", [16, 21])
 def test_a_gradient_written_after_a_norm_has_read_it(n):
     weight = torch.randn(4, 3, 3, 3, dtype=torch.float64) * (torch.rand(4, 3, 3, 3) < 0.4)

@@ -59,6 +59,18 @@ void outer_tile(const OuterTile<T>& t) {
     }
 }
 
+// The sum of the tile's positions and lanes of one channel.
+template <class T>
+SB_INLINE T sum_positions(const OuterTile<T>& t, const T* grad) {
+  V<T> sum = zero<T>();
+  for (int b = 0; b < t.blocks; ++b)
+    for (int y = 0; y < t.rows; ++y) {
+      const T* g = grad + b * t.grad_block + y * t.grad_row;
+      for (ptrdiff_t i = 0; i < t.row_length; i += Vec<T>::n) sum += load(g + i);
+    }
+  return sum_lanes<T>(sum);
+}
+
 template <class T>
 using OuterFn = void (*)(const OuterTile<T>&);
 
@@ -113,14 +125,15 @@ GradPlan plan_grad(const ConvArgs<T>& a, const Band& band, int reach_y, int64_t 
 }
 
 // a.grad_values (OC, IC / G, KH, KW), whole = sum of grad_y[n][oc][oy][ox] * x[n][ic][oy*SH + ky*DH - PH][ox*SW + kx*DW
-// - PW]. Neither a.index nor a.values is looked at.
+// - PW]; a.grad_bias, where it is not null, that of grad_y alone. Neither a.index nor a.values is looked at.
 template <class T>
 void conv2d_weight_grad(const ConvArgs<T>& a) {
   const int KK = a.KH * a.KW, ICg = a.IC / a.G, OCg = a.OC / a.G;
-  const int64_t cols = int64_t(ICg) * KK, size = a.OC * cols, plane = int64_t(a.OH) * a.OW;
+  const int64_t cols = int64_t(ICg) * KK, size = a.OC * cols, width = size + a.OC, plane = int64_t(a.OH) * a.OW;
   const int64_t blocks = div_up(a.N, LANES);
   if (a.N == 0 || plane == 0) {
     for (int64_t k = 0; k < size; ++k) a.grad_values[k] = T(0);
+    for (int64_t r = 0; a.grad_bias && r < a.OC; ++r) a.grad_bias[r] = T(0);
     return;
   }
   int32_t* mem = scratch<int32_t>(slot_plan, 3 * (int64_t(a.KH) + a.KW) + cols);
@@ -144,14 +157,15 @@ void conv2d_weight_grad(const ConvArgs<T>& a) {
         offset[j] = int32_t(c * b.channel +
                             ((int64_t(phase_y[ky] * b.NX + phase_x[kx]) * b.RB + q_y[ky]) * b.CB + q_x[kx]) * LANES);
   // grad_y where it cannot be read in place.
-  const Band of_grad{a.OC,      a.OH,      a.OW,      1,    1, 0, 0, 1, 1, NO_PHASES, NO_PHASES, plan.high,
-                     plan.high, a.OW, int64_t(plan.high) * a.OW * LANES};
-  const bool in_place = a.y_layout == Layout::lanes, copied = !in_place || a.N % LANES;
+  const Band of_grad{a.OC,      a.OH,      a.OW,      1,    1,
+                     0,         0,         1,         1,    NO_PHASES,
+                     NO_PHASES, plan.high, plan.high, a.OW, int64_t(plan.high) * a.OW * LANES};
+  const bool in_place = a.y_layout == Layout::lanes && !a.y_norm, copied = !in_place || a.N % LANES;
   const int64_t x_size = plan.width * b.channel, x_line = int64_t(b.RB * b.SY + b.SY) * a.W * LANES;
   const int64_t grad_size = OCg * of_grad.channel, grad_line = int64_t(plan.high + 1) * a.OW * LANES;
   const TeamScratch<T> sources(slot_source, a.threads, plan.deep * x_size + x_line);
   const TeamScratch<T> grads(slot_grad, a.threads, copied ? plan.deep * grad_size + grad_line : 0);
-  T* sums = plan.shares > 1 ? scratch<T>(slot_sums, plan.shares * size) : a.grad_values;
+  T* sums = plan.shares > 1 ? scratch<T>(slot_sums, plan.shares * width) : nullptr;  // of weights and bias, by share
   const int64_t jobs = int64_t(a.G) * plan.units * plan.shares;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
@@ -164,7 +178,8 @@ void conv2d_weight_grad(const ConvArgs<T>& a) {
       const int c0 = group * ICg + unit * plan.width, c1 = least(c0 + plan.width, (group + 1) * ICg);
       const int r0 = group * OCg, r1 = r0 + OCg, taps = (c1 - c0) * KK;
       const int64_t first = tasks * share / plan.shares, last = tasks * (share + 1) / plan.shares;
-      T* const to = sums + share * size + int64_t(unit) * plan.width * KK;
+      T* const to = (sums ? sums + share * width : a.grad_values) + int64_t(unit) * plan.width * KK;
+      T* const bias = !a.grad_bias || unit ? nullptr : sums ? sums + share * width + size : a.grad_bias;
       for (int64_t task = first; task < last; ++task) {
         const int64_t nb = task / bands * plan.deep;
         const int row0 = int(task % bands) * plan.high;
@@ -177,8 +192,10 @@ void conv2d_weight_grad(const ConvArgs<T>& a) {
           fill_band(b, a.x, a.x_layout, a.N, nb + i, row0, c0, c1, source + i * x_size - c0 * b.channel,
                     source + plan.deep * x_size, Passage<T>{a.x_scale, a.x_shift, a.x_relu});
           if (here) continue;
+          Passage<T> pass;
+          pass.back = a.y_norm;
           fill_band(of_grad, a.grad_y, a.y_layout, a.N, nb + i, row0, r0, r1,
-                    grad + i * grad_size - r0 * of_grad.channel, grad + plan.deep * grad_size);
+                    grad + i * grad_size - r0 * of_grad.channel, grad + plan.deep * grad_size, pass);
         }
         t.src = source;
         t.src_block = x_size;
@@ -193,6 +210,10 @@ void conv2d_weight_grad(const ConvArgs<T>& a) {
           count = MANY_CHANNELS;
           while (count > r1 - r) count /= 2;
           t.grad = from;
+          for (int i = 0; bias && i < count; ++i) {
+            const T sum = sum_positions(t, from + i * t.grad_channel);
+            bias[r + i] = t.add ? bias[r + i] + sum : sum;
+          }
           for (int k = 0; k < taps; k += TAPS) {
             t.offset = offset + k;
             t.to = to + r * cols + k;
@@ -201,12 +222,12 @@ void conv2d_weight_grad(const ConvArgs<T>& a) {
         }
       }
     }
-    if (plan.shares > 1) {
+    if (sums) {
 #pragma omp for schedule(static)
-      for (int64_t k = 0; k < size; ++k) {
+      for (int64_t k = 0; k < (a.grad_bias ? width : size); ++k) {
         T total = sums[k];
-        for (int m = 1; m < plan.shares; ++m) total += sums[m * size + k];
-        a.grad_values[k] = total;
+        for (int m = 1; m < plan.shares; ++m) total += sums[m * width + k];
+        (k < size ? a.grad_values[k] : a.grad_bias[k - size]) = total;
       }
     }
   }

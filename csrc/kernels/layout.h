@@ -53,17 +53,6 @@ SB_INLINE void store_or_stream(T* p, V<T> v, bool past_the_caches) {
     store(p, v);
 }
 
-// The first `count` of v[i] to dst + i * image, for i < live.
-template <class T>
-SB_INLINE void write_lanes(const V<T>* v, int live, int count, T* dst, ptrdiff_t image, bool past_the_caches) {
-  if (count == Vec<T>::n) {
-    for (int i = 0; i < live; ++i) store_or_stream(dst + i * image, v[i], past_the_caches);
-  } else {
-    for (int i = 0; i < live; ++i)
-      for (int k = 0; k < count; ++k) dst[i * image + k] = v[i][k];
-  }
-}
-
 // dst[lane*image + p] = src[p*src_step + lane] for p < len, lane < images. `past_the_caches`: as far as whole lines are
 // written.
 template <class T>

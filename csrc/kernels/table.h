@@ -177,7 +177,7 @@ template <class T>
 struct NormArgs {
   int64_t N, C, P;
   const T* x;
-  T* y;                     // of norm_unpack: (N, P, C)
+  T* y;
   const T* residual;        // null: none
   const T* residual_scale;  // null: the residual as it is; else it goes through a norm of its own
   const T* residual_shift;
@@ -228,7 +228,6 @@ struct Kernels {
   void (*norm_apply)(const NormArgs<T>&);
   void (*norm_reduce)(const NormArgs<T>&);
   void (*norm_grad)(const NormArgs<T>&);
-  void (*norm_unpack)(const NormArgs<T>&);
   MarkNonzeros<T> mark_nonzeros;
   int64_t (*mark_beyond)(const T* dense, int64_t rows, int64_t cols, T bound, uint64_t* bits, int32_t* rowptr,
                          int threads);

@@ -40,6 +40,11 @@ SB_INLINE void store(T* p, V<T> v) {
 // in the cache. A line that is two registers is to be written in two stores, one right after the other: half a line on
 // its way to memory is slower than no such store. p is aligned to the register.
 constexpr int LINE = 64, LINE_PARTS = LINE / SB_VECTOR_BYTES;  // bytes of a cache line; its registers
+// GCC takes what only the second half of a line's stores reads for uninitialised.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #if defined(__x86_64__) && SB_VECTOR_BYTES == 64
 constexpr bool CAN_STREAM = true;
 SB_INLINE void stream(float* p, V<float> v) { __builtin_ia32_movntps512(p, v); }
@@ -57,6 +62,9 @@ SB_INLINE void stream(T* p, V<T> v) {
   store(p, v);
 }
 SB_INLINE void stream_fence() {}
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
 #endif
 
 // Whether `bytes` written to p should go past the caches: more than the second-level caches hold.

@@ -30,6 +30,10 @@ class Geometry(NamedTuple):
         )
         return high, wide
 
+    def is_product(self, kernel: tuple[int, int], grad_y: torch.Tensor) -> bool:
+        """Whether the gradient of the weight is a matrix product of grad_y (channels_last) as it lies in memory."""
+        return tuple(kernel) == (1, 1) and self.padding == (0, 0) and self.groups == 1 and not grad_y.is_contiguous()
+
 
 class Layout(IntEnum):
     """How a tensor lies in memory: row-major, in the lane layout (a ``LaneTensor``), channels_last."""
@@ -95,7 +99,15 @@ class Backend(Protocol):
     ) -> Grads: ...
 
     def conv2d_weight_grad(
-        self, grad_y: torch.Tensor, x: torch.Tensor, shape: tuple[int, ...], geometry: Geometry
-    ) -> torch.Tensor | None:
-        """The gradient of a whole weight of that shape, where that is faster than torch makes it; else None."""
+        self,
+        grad_y: torch.Tensor,
+        x: torch.Tensor,
+        shape: tuple[int, ...],
+        geometry: Geometry,
+        needs: tuple[bool, bool],
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Gradients of a whole weight of that shape and of the bias, where that is faster than torch is; else None.
+
+        ``needs`` says whether grad_x, which is not made here, and grad_bias are wanted.
+        """
         ...

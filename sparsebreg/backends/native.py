@@ -15,6 +15,9 @@ from sparsebreg.lanes import LANES, LaneTensor
 #: The part of grad_y that may be nonzero for its lists to make the full gradient faster than a dense product does.
 MOST_NONZEROS = 0.6
 
+#: From this density on the gradient of all weights of a convolution takes less time than that of the active ones.
+LEAST_DENSITY = 0.5
+
 #: How much larger than the gradient its factors may be while they wait.
 MOST_ROOM = 2
 
@@ -143,6 +146,10 @@ class NativeBackend:
         return y
 
     def conv2d_backward(self, pattern, grad_y, x, values, geometry, x_shape, needs):
+        if needs[1] and not needs[0] and pattern.density >= LEAST_DENSITY:
+            found = self.conv2d_weight_grad(grad_y, x, pattern.shape, geometry, (False, needs[2]))
+            if found is not None:
+                return None, pattern.gather(found[0]), found[1]
         layout = _layout(grad_y)
         x_layout = layout if x is None else _layout(x)
         source, norm = _source(x, x_layout)
@@ -160,18 +167,20 @@ class NativeBackend:
         )  # fmt: skip
         return grad_x, _tensor(grad_values), _tensor(grad_bias)
 
-    def conv2d_weight_grad(self, grad_y, x, shape, geometry):
+    def conv2d_weight_grad(self, grad_y, x, shape, geometry, needs):
         n, layout, grad_layout = grad_y.shape[0], _layout(x), _layout(grad_y)
-        # Lanes would be empty; or torch has a matrix product to do, without a copy.
-        if n < LANES or not grad_y.numel() or (grad_layout is Layout.CHANNELS_LAST and shape[2:] == (1, 1)):
+        if grad_layout is not Layout.LANES and (n < LANES or geometry.is_product(shape[2:], grad_y)):
             return None
         source, norm = _source(x, layout)
-        grad = memory.empty_array(shape, grad_y.dtype)
+        # A gradient that is still to be computed is read once more for grad_x.
+        grad, grad_norm = (_memory(grad_y, grad_layout), None) if needs[0] else _gradient(grad_y, grad_layout)
+        grad_weight = memory.empty_array(shape, grad_y.dtype)
+        grad_bias = memory.empty_array(shape[:1], grad_y.dtype) if needs[1] else None
         self.C.conv2d_weight_grad(
-            n, _geometry(shape, geometry, x.shape[1:]), _memory(grad_y, grad_layout), grad_layout, source, layout,
-            None if norm is None else norm.factors(), grad, torch.get_num_threads(),
+            n, _geometry(shape, geometry, x.shape[1:]), grad, grad_layout, grad_norm, source, layout,
+            None if norm is None else norm.factors(), grad_weight, grad_bias, torch.get_num_threads(),
         )  # fmt: skip
-        return torch.from_numpy(grad)
+        return torch.from_numpy(grad_weight), _tensor(grad_bias)
 
 
 def load() -> NativeBackend:

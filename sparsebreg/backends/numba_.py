@@ -320,7 +320,7 @@ class NumbaBackend:
     def weight_grad(self, grad_y, x):
         return None
 
-    def conv2d_weight_grad(self, grad_y, x, shape, geometry):
+    def conv2d_weight_grad(self, grad_y, x, shape, geometry, needs):
         return None
 
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):

@@ -88,6 +88,34 @@ OuterFn<T> outer_fn(int channels, int taps) {
   return channels == 4 ? pick_outer<T, 4>(taps) : channels == 2 ? pick_outer<T, 2>(taps) : pick_outer<T, 1>(taps);
 }
 
+// All tiles of a block of positions: `channels` x `taps` weights, and sums of channels for `bias` if it is not null. t
+// is the first one. fetch: the positions of later channels in advance, some with every tile.
+template <class T>
+void outer_products(OuterTile<T> t, int channels, int taps, T* bias, bool fetch) {
+  const ptrdiff_t line = LINE / sizeof(T), length = t.rows * t.row_length;
+  const ptrdiff_t part = div_up(div_up(length, line), div_up(taps, TAPS)) * line;
+  const int32_t* const offset = t.offset;
+  T* const to = t.to;
+  for (int r = 0, count; r < channels; r += count, t.grad += count * t.grad_channel) {
+    count = MANY_CHANNELS;
+    while (count > channels - r) count /= 2;
+    for (int i = 0; bias && i < count; ++i) {
+      const T sum = sum_positions(t, t.grad + i * t.grad_channel);
+      bias[r + i] = t.add ? bias[r + i] + sum : sum;
+    }
+    const T* next = t.grad + count * t.grad_channel;
+    const int waiting = fetch ? least(MANY_CHANNELS, channels - r - count) : 0;
+    ptrdiff_t asked = 0;
+    for (int k = 0; k < taps; k += TAPS) {
+      for (const ptrdiff_t end = least(length, asked + part); asked < end; asked += line)
+        for (int o = 0; o < waiting; ++o) __builtin_prefetch(next + o * t.grad_channel + asked);
+      t.offset = offset + k;
+      t.to = to + r * t.to_channel + k;
+      outer_fn<T>(count, least(TAPS, taps - k))(t);
+    }
+  }
+}
+
 // How the work is shared out: jobs (group, unit, share). A unit is a part of a group's input channels, whose bands one
 // thread reads; where there are fewer units than threads, some of these share one and sum up apart.
 struct GradPlan {
@@ -176,10 +204,10 @@ void conv2d_weight_grad(const ConvArgs<T>& a) {
       const int share = int(job % plan.shares), unit = int(job / plan.shares % plan.units);
       const int group = int(job / plan.shares / plan.units);
       const int c0 = group * ICg + unit * plan.width, c1 = least(c0 + plan.width, (group + 1) * ICg);
-      const int r0 = group * OCg, r1 = r0 + OCg, taps = (c1 - c0) * KK;
+      const int r0 = group * OCg, r1 = r0 + OCg;
       const int64_t first = tasks * share / plan.shares, last = tasks * (share + 1) / plan.shares;
-      T* const to = (sums ? sums + share * width : a.grad_values) + int64_t(unit) * plan.width * KK;
-      T* const bias = !a.grad_bias || unit ? nullptr : sums ? sums + share * width + size : a.grad_bias;
+      T* const to = (sums ? sums + share * width : a.grad_values) + r0 * cols + int64_t(unit) * plan.width * KK;
+      T* const bias = !a.grad_bias || unit ? nullptr : (sums ? sums + share * width + size : a.grad_bias) + r0;
       for (int64_t task = first; task < last; ++task) {
         const int64_t nb = task / bands * plan.deep;
         const int row0 = int(task % bands) * plan.high;
@@ -205,21 +233,10 @@ void conv2d_weight_grad(const ConvArgs<T>& a) {
         t.grad_row = t.row_length;
         t.to_channel = cols;
         t.add = task > first;
-        const T* from = here ? a.grad_y + ((nb * a.OC + r0) * plane + int64_t(row0) * a.OW) * LANES : grad;
-        for (int r = r0, count; r < r1; r += count, from += count * t.grad_channel) {
-          count = MANY_CHANNELS;
-          while (count > r1 - r) count /= 2;
-          t.grad = from;
-          for (int i = 0; bias && i < count; ++i) {
-            const T sum = sum_positions(t, from + i * t.grad_channel);
-            bias[r + i] = t.add ? bias[r + i] + sum : sum;
-          }
-          for (int k = 0; k < taps; k += TAPS) {
-            t.offset = offset + k;
-            t.to = to + r * cols + k;
-            outer_fn<T>(count, least(TAPS, taps - k))(t);
-          }
-        }
+        t.grad = here ? a.grad_y + ((nb * a.OC + r0) * plane + int64_t(row0) * a.OW) * LANES : grad;
+        t.offset = offset;
+        t.to = to;
+        outer_products(t, OCg, (c1 - c0) * KK, bias, here);
       }
     }
     if (sums) {

@@ -113,6 +113,7 @@ class _Conv2d(torch.autograd.Function):
         return *grads[:2], grads[2] if grad_bias is None else grad_bias, grad_weight, *[None] * 5
 
 
+@labelled("weight_grad")
 def _full_linear_gradient(grad_y: torch.Tensor, x: torch.Tensor, backend: backends.Backend) -> torch.Tensor:
     """The gradient of a linear layer's dense weight."""
     grad = backend.weight_grad(grad_y, x)
@@ -123,6 +124,7 @@ def _full_linear_gradient(grad_y: torch.Tensor, x: torch.Tensor, backend: backen
     return grad
 
 
+@labelled("weight_grad")
 def _full_gradient(
     grad_y: torch.Tensor,
     x: torch.Tensor,

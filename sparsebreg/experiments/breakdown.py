@@ -13,7 +13,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "sparse products": tuple(
         f"sparsebreg::{n}" for n in ("conv2d", "conv2d_backward", "linear", "linear_backward")
     ),
-    "dense products": ("aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm"),
+    "dense products": (
+        "aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "sparsebreg::weight_grad",
+    ),
     "norms": (
         *(f"sparsebreg::{n}" for n in ("batch_norm", "batch_norm_backward", "norm_relu", "norm_grad")),
         "aten::native_batch_norm", "aten::native_batch_norm_backward",

@@ -119,7 +119,7 @@ void outer_products(OuterTile<T> t, int channels, int taps, T* bias, bool fetch)
 // How the work is shared out: jobs (group, unit, share). A unit is a part of a group's input channels, whose bands one
 // thread reads; where there are fewer units than threads, some of these share one and sum up apart.
 struct GradPlan {
-  int high, deep;  // rows of positions and blocks of samples at once
+  int high, wide, deep;  // rows and columns of positions and blocks of samples at once
   int width;       // input channels of a unit, at most
   int units;       // of a group
   int shares;
@@ -130,17 +130,20 @@ template <class T>
 GradPlan plan_grad(const ConvArgs<T>& a, const Band& band, int reach_y, int64_t blocks) {
   const int64_t vector = LANES * int64_t(sizeof(T)), KK = int64_t(a.KH) * a.KW;
   const int64_t L1 = (MANY_CHANNELS > 4 ? 40 : 24) << 10, L2 = 128 << 10;
-  const int64_t channels = div_up(TAPS, KK), row = int64_t(band.NY) * band.NX * band.CB * vector;
+  const int64_t channels = div_up(TAPS, KK), phases = int64_t(band.NY) * band.NX;
   // A tile's positions of x and grad_y, to be passed by again for the next taps.
-  const auto fits = [&](int rows, int64_t images) {
-    return images * (channels * row * (rows + reach_y) + MANY_CHANNELS * vector * rows * a.OW) <= L1;
+  const auto fits = [&](int rows, int columns, int64_t images) {
+    const int64_t of_x = phases * (rows + reach_y) * (columns + band.CB - a.OW), of_grad = int64_t(rows) * columns;
+    return images * vector * (channels * of_x + MANY_CHANNELS * of_grad) <= L1;
   };
-  GradPlan p{1, 1, 1, 1, 1};
-  while (p.high < a.OH && fits(p.high + 1, 1)) ++p.high;
+  GradPlan p{1, a.OW, 1, 1, 1, 1};
+  while (p.wide > 8 && !fits(1, p.wide, 1)) p.wide = int(div_up(p.wide, 2));
+  p.wide = int(div_up(a.OW, div_up(a.OW, p.wide)));
+  while (p.high < a.OH && p.wide == a.OW && fits(p.high + 1, p.wide, 1)) ++p.high;
   p.high = even_rows(p.high, 1, a.OH);
-  while (p.high == a.OH && p.deep < blocks && fits(p.high, p.deep + 1)) ++p.deep;
+  while (p.high == a.OH && p.wide == a.OW && p.deep < blocks && fits(p.high, p.wide, p.deep + 1)) ++p.deep;
   const int ICg = a.IC / a.G, threads = int(div_up(a.threads, a.G));
-  const int64_t held = L2 / (row * (p.high + reach_y) * p.deep);
+  const int64_t held = L2 / (phases * (p.high + reach_y) * band.CB * vector * p.deep);
   p.units = int(div_up(ICg, most<int64_t>(1, least<int64_t>(held, ICg))));
   // All threads get about as much: they divide, or are divided by, the number of units.
   while (p.units < least(threads, ICg) && threads % p.units) ++p.units;
@@ -214,7 +217,6 @@ void conv2d_weight_grad(const ConvArgs<T>& a) {
         OuterTile<T> t;
         t.blocks = int(least<int64_t>(plan.deep, blocks - nb));
         t.rows = least(plan.high, a.OH - row0);
-        t.row_length = ptrdiff_t(a.OW) * LANES;
         const bool here = in_place && (nb + t.blocks) * LANES <= a.N;
         for (int i = 0; i < t.blocks; ++i) {
           fill_band(b, a.x, a.x_layout, a.N, nb + i, row0, c0, c1, source + i * x_size - c0 * b.channel,
@@ -225,18 +227,22 @@ void conv2d_weight_grad(const ConvArgs<T>& a) {
           fill_band(of_grad, a.grad_y, a.y_layout, a.N, nb + i, row0, r0, r1,
                     grad + i * grad_size - r0 * of_grad.channel, grad + plan.deep * grad_size, pass);
         }
-        t.src = source;
         t.src_block = x_size;
         t.src_row = int64_t(b.CB) * LANES;
         t.grad_block = here ? a.OC * plane * LANES : grad_size;
         t.grad_channel = here ? plane * LANES : of_grad.channel;
-        t.grad_row = t.row_length;
-        t.to_channel = cols;
-        t.add = task > first;
-        t.grad = here ? a.grad_y + ((nb * a.OC + r0) * plane + int64_t(row0) * a.OW) * LANES : grad;
+        t.grad_row = ptrdiff_t(a.OW) * LANES;
         t.offset = offset;
         t.to = to;
-        outer_products(t, OCg, (c1 - c0) * KK, bias, here);
+        t.to_channel = cols;
+        const T* from = here ? a.grad_y + ((nb * a.OC + r0) * plane + int64_t(row0) * a.OW) * LANES : grad;
+        for (int x = 0; x < a.OW; x += plan.wide) {
+          t.row_length = ptrdiff_t(least(plan.wide, a.OW - x)) * LANES;
+          t.grad = from + x * LANES;
+          t.src = source + x * LANES;
+          t.add = task > first || x > 0;
+          outer_products(t, OCg, (c1 - c0) * KK, bias, here);
+        }
       }
     }
     if (sums) {

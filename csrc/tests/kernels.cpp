@@ -354,6 +354,7 @@ void test_conv2d() {
       {64, 6, 6, 24, 3, 3, 1, 1, 1, 1, 1, 1, 1, .1},   // sums of a row in several passes
       {32, 4, 4, 48, 3, 3, 1, 1, 1, 1, 1, 1, 1, .4},   // nonzeros sorted by several threads
       {13, 5, 5, 13, 5, 5, 1, 1, 2, 2, 1, 1, 1, 1},    // more nonzeros than are taken through the lanes at once
+      {2, 3, 150, 9, 3, 3, 1, 2, 1, 1, 1, 1, 1, .4},   // rows in several parts
       {16, 64, 64, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, .1}  // several bands; results written past the caches
   };
   for (const auto& c : cases) {

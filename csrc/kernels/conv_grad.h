@@ -120,8 +120,8 @@ void outer_products(OuterTile<T> t, int channels, int taps, T* bias, bool fetch)
 // thread reads; where there are fewer units than threads, some of these share one and sum up apart.
 struct GradPlan {
   int high, wide, deep;  // rows and columns of positions and blocks of samples at once
-  int width;       // input channels of a unit, at most
-  int units;       // of a group
+  int width;             // input channels of a unit, at most
+  int units;             // of a group
   int shares;
 };
 

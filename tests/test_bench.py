@@ -112,6 +112,7 @@ def test_everything_is_measured_and_written(tiny, tmp_path, capsys):
         *((layer, "swap", d, "sparse") for layer in ("small", "small_conv") for d in (0.5, 0.1)),
         *(("small", "forward", d, "torch.sparse") for d in (0.5, 0.1)),
         *(("small_norm", "step", None, by) for by in LANES),
+        *(("small_conv", "grad_weight", None, by) for by in LANES),
         *(("mlp", "step", d, by) for d in (0.5, 0.1) for by in ("coarse", "fine", "cycle m=9", "cycle m=99")),
     }  # fmt: skip
     results = {(r["layer"], r["part"], r["density"], r["implementation"]): r for r in content["results"]}
@@ -405,7 +406,10 @@ def test_files_to_compare_with_that_are_none(text, message, tiny, tmp_path, caps
         (("--batches", "1.5"), "batches: expected numbers, got 1.5"),
         (("--threads", "-1"), "threads: expected an integer of at least 1, got -1"),
         (("--parts", "backward"), "parts: expected one of forward, grad_x, .*, got 'backward'"),
-        (("--suite", "norm", "--parts", "forward"), "parts: expected step for norms and networks, got forward"),
+        (
+            ("--suite", "norm", "--parts", "forward"),
+            "parts: expected step for norms and networks, no grad_weight for linear layers, got forward",
+        ),
         (("--budget", "0"), "budget: expected a finite number above 0, got 0.0"),
         (("--repeats", "0"), "repeats: expected an integer of at least 1, got 0"),
         (("--tolerance", "101"), "tolerance: expected a finite number of at least 0 and at most 100, got 101.0"),
@@ -500,6 +504,6 @@ def test_grids():
     assert {(c.part, c.batch) for c in small.cases()} == {("forward", 128), ("step", 128)}
     assert small.thread_counts() == [torch.get_num_threads()]
     assert {c.layer for c in full.cases()} == {*LINEAR, *CONV2D, *NORM, *NETWORKS}
-    assert len(full.cases()) == 4 * (5 * (len(LINEAR) + len(CONV2D)) + len(NORM) + len(NETWORKS))
+    assert len(full.cases()) == 4 * (5 * len(LINEAR) + 6 * len(CONV2D) + len(NORM) + len(NETWORKS))
     assert full.thread_counts()[-1] == torch.get_num_threads()
     assert Options("x", layers=["vgg16"]).cases() == [Case("network", "vgg16", "step", 128)]

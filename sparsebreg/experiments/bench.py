@@ -108,12 +108,14 @@ class Options:
         """What is measured, in order; of norms and networks, whole steps. Raises ValueError where that is nothing."""
         out = []
         for suite in self.suites():
-            parts = [p for p in self.grid("parts") if suite in ("linear", "conv") or p == "step"]
+            skipped = {"linear": ("grad_weight",), "conv": ()}.get(suite, [p for p in PARTS if p != "step"])
+            parts = [p for p in self.grid("parts") if p not in skipped]
             for layer in SUITES[suite]:
                 if layer in (self.layers or (SUITES[suite] if self.full else REPRESENTATIVE)):
                     out += [Case(suite, layer, part, batch) for batch in self.grid("batches") for part in parts]
         if not out:
-            raise ValueError(expected("parts", "step for norms and networks", ", ".join(self.grid("parts"))))
+            wanted = "step for norms and networks, no grad_weight for linear layers"
+            raise ValueError(expected("parts", wanted, ", ".join(self.grid("parts"))))
         return out
 
     def thread_counts(self) -> list[int]:

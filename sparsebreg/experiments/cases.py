@@ -19,9 +19,11 @@ from sparsebreg import backends, lanes
 from sparsebreg.errors import RunError, expected
 from sparsebreg.experiments.shapes import NETWORKS, SUITES
 from sparsebreg.models import MODELS
+from sparsebreg.nn import to_fine
 
 #: Parts of a layer's training step; "step" is forward and backward, "swap" a freeze and a thaw with optimizer state.
-PARTS = ("forward", "grad_x", "grad_values", "step", "swap")
+#: "grad_weight" is the gradient of all weights of a convolution, as in a fine step.
+PARTS = ("forward", "grad_x", "grad_values", "step", "swap", "grad_weight")
 
 #: Packages that are measured, too, where they are installed.
 PEERS = ("sparseprop", "sparselab")
@@ -107,11 +109,11 @@ def _keep(t: Any) -> Any:
 def _step(module: nn.Module, x: torch.Tensor, grad: torch.Tensor, part: str) -> Step:
     """The part of a training step of ``module``, whose first parameter is its weight.
 
-    It returns (y,), (grad_x,) or (grad_values,), or y and the gradients of x and all parameters.
+    It returns (y,), (grad_x,) or (grad_values,), also for grad_weight, or y and the gradients of x and all parameters.
     """
     weight, *others = module.parameters()
     x = x.detach().requires_grad_(part in ("grad_x", "step"))
-    weight.requires_grad_(part in ("grad_values", "step"))
+    weight.requires_grad_(part in ("grad_values", "grad_weight", "step"))
     for p in others:
         p.requires_grad_(part == "step")
     if part == "forward":
@@ -155,8 +157,8 @@ def _prepare(
     step = _step(layer, layout(x), layout(grad), case.part)
     right = [t.detach() for t in _step(copy.deepcopy(dense), x, grad, case.part)()]
     found = [_plain(t) for t in step()]
-    if case.part in ("grad_values", "step"):
-        at = -1 if case.part == "grad_values" else 2
+    if case.part in ("grad_values", "grad_weight", "step"):
+        at = 2 if case.part == "step" else -1
         if values is not None:
             right[at] = values(layer, right[at])
         else:
@@ -171,6 +173,12 @@ def _prepare(
 def _sparse(dense: nn.Module, mask: torch.Tensor | None) -> nn.Module:
     cls = sb.nn.SparseLinear if isinstance(dense, nn.Linear) else sb.nn.SparseConv2d
     return cls.from_dense(copy.deepcopy(dense), mask)
+
+
+def _fine(dense: nn.Module, mask: torch.Tensor | None) -> nn.Module:
+    layer = copy.deepcopy(dense)
+    to_fine(layer, None, 1.0)
+    return layer
 
 
 def _gathered(layer: nn.Module, grad: torch.Tensor) -> torch.Tensor:
@@ -312,6 +320,10 @@ def candidates(case: Case, densities: Sequence[float], peers: Sequence[str] = ()
     if case.suite == "norm":
         if has_lanes:
             add("lanes", None, _prepare, case, None, lambda m, _: copy.deepcopy(m), lanes.from_plain, _same)
+        return out
+    if case.part == "grad_weight":  # the same at any density
+        if has_lanes:
+            add("lanes", None, _prepare, case, None, _fine, lanes.from_plain, _same)
         return out
     for d in densities:
         if case.part == "swap":

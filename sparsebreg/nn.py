@@ -269,14 +269,17 @@ class _Fine:
 
     def keep(self, values: torch.Tensor | None) -> None:
         """Takes the weight's values on ``_pattern``; None says that the pattern does not hold all nonzeros."""
-        self._kept = values, self._pattern, self.weight._version, self.weight.data_ptr()
+        weight = self._parameters["weight"]
+        # Past nn.Module's attributes, which are looked through and checked at every access, twice a layer and step.
+        self.__dict__["_kept"] = values, self.__dict__["_pattern"], weight._version, weight.data_ptr()
 
     def _still(self) -> bool:
         """Whether what was kept is of the present weight and pattern."""
         if self._kept is None:
             return False
         _, pattern, version, place = self._kept
-        return pattern is self._pattern and version == self.weight._version and place == self.weight.data_ptr()
+        weight = self._parameters["weight"]
+        return pattern is self._pattern and version == weight._version and place == weight.data_ptr()
 
     @property
     def kept(self) -> torch.Tensor | None:

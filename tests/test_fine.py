@@ -51,6 +51,20 @@ def test_all_gradients_are_the_dense_ones(engine, n, dtype):
     torch.testing.assert_close(gradients(model, x), gradients(dense, x), rtol=tol, atol=tol)
 
 
+@pytest.mark.parametrize("n", [16, 21])
+def test_full_gradients_between_norms(engine, n):
+    """Norms that the convolutions on both sides compute on their way."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.Flatten(),
+    ).double()  # fmt: skip
+    dense = copy.deepcopy(sb.sparse_init_(model, 0.15))
+    cycle(model)
+    assert sum(type(m) is FineConv2d for m in model) == 3
+    x = torch.randn(n, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(gradients(model, x), gradients(dense, x), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("n", [7, 20, 300])
 @pytest.mark.parametrize("after", [nn.ReLU(), nn.GELU()], ids=["few", "many"])
 def test_full_gradients_of_linear_layers(engine, n, after, dtype):

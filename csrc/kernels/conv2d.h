@@ -182,6 +182,45 @@ SB_INLINE int axis_phases(int K, int S, int D, int* r, int* phase_of, int* q_of,
   return used;
 }
 
+// Where the taps of a kernel lie in a band of x: phases, and rows and columns inside of them.
+struct Taps {
+  const int *phase_y, *q_y, *phase_x, *q_x;
+  int reach_y, reach_x;
+};
+
+SB_INLINE int64_t taps_room(int KH, int KW) { return 3 * (int64_t(KH) + KW); }
+
+// The band of x but for its rows and columns; taps_room numbers at `mem` are what it and the taps refer to.
+template <class T>
+Taps taps_of(const ConvArgs<T>& a, int* mem, Band* b) {
+  int *ry = mem, *phase_y = ry + a.KH, *q_y = phase_y + a.KH;
+  int *rx = q_y + a.KH, *phase_x = rx + a.KW, *q_x = phase_x + a.KW;
+  Taps t{phase_y, q_y, phase_x, q_x, 0, 0};
+  b->NY = axis_phases(a.KH, a.SH, a.DH, ry, phase_y, q_y, &t.reach_y);
+  b->NX = axis_phases(a.KW, a.SW, a.DW, rx, phase_x, q_x, &t.reach_x);
+  b->ry = ry, b->rx = rx;
+  b->C = a.IC, b->H = a.H, b->W = a.W, b->SY = a.SH, b->SX = a.SW, b->OY = -a.PH, b->OX = -a.PW;
+  return t;
+}
+
+// `rows` destination rows a band.
+SB_INLINE void set_rows(Band* b, const Taps& t, int rows) {
+  b->rows = rows;
+  b->RB = rows + t.reach_y;
+  b->channel = int64_t(b->NY) * b->NX * b->RB * b->CB * LANES;
+}
+
+// Of the taps of so many channels, one after the other.
+template <class T>
+void tap_offsets(const ConvArgs<T>& a, const Band& b, const Taps& t, int channels, int32_t* offset) {
+  for (int c = 0; c < channels; ++c)
+    for (int ky = 0; ky < a.KH; ++ky)
+      for (int kx = 0; kx < a.KW; ++kx)
+        *offset++ =
+            int32_t(c * b.channel +
+                    ((int64_t(t.phase_y[ky] * b.NX + t.phase_x[kx]) * b.RB + t.q_y[ky]) * b.CB + t.q_x[kx]) * LANES);
+}
+
 // Forward-shaped problem: band of x, one destination phase, nonzeros in CSR order.
 //
 // Args:
@@ -195,38 +234,23 @@ ConvShape<T> forward_shape(const ConvArgs<T>& a, int64_t out_bytes, bool overhan
   const Index& ix = a.index;
   const int KK = a.KH * a.KW, ICg = a.IC / a.G, OCg = a.OC / a.G;
   const int cols = ICg * KK;
-  // One block: axis tables, then the stencil.
-  const int64_t axis = 3 * int64_t(a.KH) + 3 * int64_t(a.KW);
   Band& b = s.band;
-  int reach_y, reach_x;
-  const int64_t bytes_first = axis + cols;
+  const int64_t axis = taps_room(a.KH, a.KW);
   const int max_chunks = most(1, int(ix.nnz / most<int64_t>(1, ix.rows) / 2 + 1));
-  int32_t* mem = scratch<int32_t>(slot_plan, bytes_first + ix.nnz + ix.rows * int64_t(least(max_chunks, ICg)) + 1);
-  int* ry = mem;
-  int* phase_y = ry + a.KH;
-  int* q_y = phase_y + a.KH;
-  int* rx = q_y + a.KH;
-  int* phase_x = rx + a.KW;
-  int* q_x = phase_x + a.KW;
-  int32_t* table = q_x + a.KW;
+  // One block: axis tables, then the stencil.
+  int32_t* mem = scratch<int32_t>(slot_plan, axis + cols + ix.nnz + ix.rows * int64_t(least(max_chunks, ICg)) + 1);
+  int32_t* table = mem + axis;
   s.stencil.offset = table + cols;
   s.stencil.ptr = s.stencil.offset + ix.nnz;
-  b.NY = axis_phases(a.KH, a.SH, a.DH, ry, phase_y, q_y, &reach_y);
-  b.NX = axis_phases(a.KW, a.SW, a.DW, rx, phase_x, q_x, &reach_x);
-  b.ry = ry, b.rx = rx;
-  b.C = a.IC, b.H = a.H, b.W = a.W, b.SY = a.SH, b.SX = a.SW, b.OY = -a.PH, b.OX = -a.PW;
+  const Taps taps = taps_of(a, mem, &b);
   const int width = overhang ? int(div_up(a.OW, s.tile.TC)) * s.tile.TC : a.OW;
-  b.CB = width + reach_x;
+  b.CB = width + taps.reach_x;
   const int64_t row_bytes = int64_t(a.IC) * b.NY * b.NX * b.CB * LANES * sizeof(T);
-  b.rows = even_rows(least(bound, fitting_rows(row_bytes, reach_y, out_bytes)), most(TR, s.tile.TR), high);
-  b.RB = b.rows + reach_y;
-  b.channel = int64_t(b.NY) * b.NX * b.RB * b.CB * LANES;
-  for (int c = 0, j = 0; c < ICg; ++c)
-    for (int ky = 0; ky < a.KH; ++ky)
-      for (int kx = 0; kx < a.KW; ++kx, ++j)
-        table[j] = int32_t(c * b.channel +
-                           ((int64_t(phase_y[ky] * b.NX + phase_x[kx]) * b.RB + q_y[ky]) * b.CB + q_x[kx]) * LANES);
-  const double window = double(b.NY) * b.NX * (s.tile.TR + reach_y) * (s.tile.TC + reach_x) * LANES * sizeof(T);
+  set_rows(&b, taps,
+           even_rows(least(bound, fitting_rows(row_bytes, taps.reach_y, out_bytes)), most(TR, s.tile.TR), high));
+  tap_offsets(a, b, taps, ICg, table);
+  const double window =
+      double(b.NY) * b.NX * (s.tile.TR + taps.reach_y) * (s.tile.TC + taps.reach_x) * LANES * sizeof(T);
   const int chunks = least(max_chunks, choose_chunks(double(ix.nnz) / double(most<int64_t>(1, ix.rows)), ICg, window));
   s.stencil.chunks = chunks;
   const int per_chunk = int(div_up(ICg, chunks)) * KK;

@@ -167,26 +167,15 @@ void conv2d_weight_grad(const ConvArgs<T>& a) {
     for (int64_t r = 0; a.grad_bias && r < a.OC; ++r) a.grad_bias[r] = T(0);
     return;
   }
-  int32_t* mem = scratch<int32_t>(slot_plan, 3 * (int64_t(a.KH) + a.KW) + cols);
-  int *ry = mem, *phase_y = ry + a.KH, *q_y = phase_y + a.KH;
-  int *rx = q_y + a.KH, *phase_x = rx + a.KW, *q_x = phase_x + a.KW;
-  int32_t* offset = q_x + a.KW;
+  int32_t* mem = scratch<int32_t>(slot_plan, taps_room(a.KH, a.KW) + cols);
+  int32_t* offset = mem + taps_room(a.KH, a.KW);
   Band b;
-  int reach_y, reach_x;
-  b.NY = axis_phases(a.KH, a.SH, a.DH, ry, phase_y, q_y, &reach_y);
-  b.NX = axis_phases(a.KW, a.SW, a.DW, rx, phase_x, q_x, &reach_x);
-  b.ry = ry, b.rx = rx;
-  b.C = a.IC, b.H = a.H, b.W = a.W, b.SY = a.SH, b.SX = a.SW, b.OY = -a.PH, b.OX = -a.PW;
-  b.CB = a.OW + reach_x;
-  const GradPlan plan = plan_grad(a, b, reach_y, blocks);
-  b.rows = plan.high, b.RB = plan.high + reach_y;
-  b.channel = int64_t(b.NY) * b.NX * b.RB * b.CB * LANES;
+  const Taps taps = taps_of(a, mem, &b);
+  b.CB = a.OW + taps.reach_x;
+  const GradPlan plan = plan_grad(a, b, taps.reach_y, blocks);
+  set_rows(&b, taps, plan.high);
+  tap_offsets(a, b, taps, plan.width, offset);
   const int64_t bands = div_up(a.OH, plan.high), tasks = div_up(blocks, plan.deep) * bands;
-  for (int c = 0, j = 0; c < plan.width; ++c)
-    for (int ky = 0; ky < a.KH; ++ky)
-      for (int kx = 0; kx < a.KW; ++kx, ++j)
-        offset[j] = int32_t(c * b.channel +
-                            ((int64_t(phase_y[ky] * b.NX + phase_x[kx]) * b.RB + q_y[ky]) * b.CB + q_x[kx]) * LANES);
   // grad_y where it cannot be read in place.
   const Band of_grad{a.OC,      a.OH,      a.OW,      1,    1,
                      0,         0,         1,         1,    NO_PHASES,

@@ -131,6 +131,7 @@ void linear_rows(const LinearPass<T>& p, const T* packed, int64_t tile, int l0, 
   t.scale = ptrdiff_t(width) * LANES;
   t.value = p.sorted ? p.sorted : p.value;
   t.ptr_step = p.chunks;
+  // With one chunk a row's nonzeros follow the last one's: to ask pays only where they are likely to come from memory.
   t.ask = p.ptr[p.dst_features] >= (p.chunks > 1 ? MANY : 2 * MANY);
   t.dst_row = 0;
   t.dst_col = LANES;

@@ -108,8 +108,8 @@ class Options:
         """What is measured, in order; of norms and networks, whole steps. Raises ValueError where that is nothing."""
         out = []
         for suite in self.suites():
-            skipped = {"linear": ("grad_weight",), "conv": ()}.get(suite, [p for p in PARTS if p != "step"])
-            parts = [p for p in self.grid("parts") if p not in skipped]
+            known = {"linear": [p for p in PARTS if p != "grad_weight"], "conv": PARTS}.get(suite, ["step"])
+            parts = [p for p in self.grid("parts") if p in known]
             for layer in SUITES[suite]:
                 if layer in (self.layers or (SUITES[suite] if self.full else REPRESENTATIVE)):
                     out += [Case(suite, layer, part, batch) for batch in self.grid("batches") for part in parts]

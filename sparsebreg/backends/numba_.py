@@ -83,12 +83,24 @@ def _compile():
         """x (rows, columns) to dst (columns, rows or more); what is beyond is zero."""
         rows, cols = x.shape
         for block in numba.prange((cols + LANES - 1) // LANES):
-            j0, j1 = block * LANES, min(cols, (block + 1) * LANES)
-            for i in range(rows):
-                source = x[i]
-                for j in range(j0, j1):
-                    dst[j, i] = source[j]
-            dst[j0:j1, rows:] = 0
+            first = block * LANES
+            wide = min(LANES, cols - first)
+            # A square at a time, so that both sides are read and written along their rows.
+            held = np.empty((LANES, LANES), x.dtype)
+            for i in range(0, rows, LANES):
+                high = min(LANES, rows - i)
+                if high == LANES and wide == LANES:  # constants, which make vectors of the loops
+                    for r in range(LANES):
+                        for c in range(LANES):
+                            held[r, c] = x[i + r, first + c]
+                    for c in range(LANES):
+                        for r in range(LANES):
+                            dst[first + c, i + r] = held[r, c]
+                else:
+                    for c in range(wide):
+                        for r in range(high):
+                            dst[first + c, i + r] = x[i + r, first + c]
+            dst[first : first + wide, rows:] = 0
 
     @numba.njit(**options)
     def take(value, order, out):

@@ -1,5 +1,12 @@
 #include "array.h"
 
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "pool.h"
+
 namespace py = pybind11;
 
 namespace sparsebreg {
@@ -17,13 +24,21 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 
+struct ManagedTensor {
+  uint32_t major, minor;
+  void* context;
+  void (*deleter)(ManagedTensor*);
+  uint64_t flags;
+  DLTensor tensor;
+};
+
 struct ExchangeApi {
   uint32_t major, minor;
   void* previous;
   void* allocate;
   void* managed_from_object;
-  void* managed_to_object;
-  int (*view_of_object)(void* object, DLTensor* out);  // 0, or -1 with an exception set
+  int (*managed_to_object)(ManagedTensor* tensor, void** object);  // 0, or -1 with an exception set
+  int (*view_of_object)(void* object, DLTensor* out);              // 0, or -1 with an exception set
   void* current_stream;
 };
 
@@ -34,12 +49,30 @@ const ExchangeApi* tensor_api = nullptr;
 
 alignas(64) char nothing[64];  // where arrays without an element lie
 
+// A block of the pool under a tensor or an array.
+struct Block {
+  ManagedTensor managed{};
+  int64_t sizes[4], strides[4];
+  void* data = nullptr;
+  size_t held = 0;
+  explicit Block(size_t bytes) { data = pool_take(bytes, &held); }
+  ~Block() { pool_give(data, held); }
+};
+
 char kind_of(uint8_t code, uint8_t bits) {
   if (code == 0) return 'i';
   if (code == 1) return 'u';
   if (code == 2) return 'f';
   return code == 6 && bits == 8 ? 'b' : 0;
 }
+
+py::capsule owned(std::unique_ptr<Block> block) {
+  py::capsule owner(block.get(), [](void* b) { delete static_cast<Block*>(b); });
+  block.release();
+  return owner;
+}
+
+uint8_t code_of(char kind) { return kind == 'f' ? 2 : kind == 'u' ? 1 : 0; }
 
 bool view_tensor(py::handle object, Array& a) {
   DLTensor t{};
@@ -83,7 +116,7 @@ bool accept_tensors(py::handle type) {
   const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
   if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return false;
   const auto* api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (api->major != 1 || !api->view_of_object) return false;
+  if (api->major != 1 || !api->view_of_object || !api->managed_to_object) return false;
   tensor_type = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
   tensor_api = api;
   return true;
@@ -97,6 +130,54 @@ bool view(py::handle object, Array& a) {
           : py::isinstance<py::array>(object) && view_array(py::reinterpret_borrow<py::array>(object), a);
   if (known && a.size == 0) a.data = nothing, a.contiguous = true;
   return known;
+}
+
+py::array pool_empty(const std::vector<py::ssize_t>& shape, const py::dtype& dtype, bool channels_last) {
+  if (channels_last && shape.size() != 4)
+    throw py::value_error("shape: expected four sizes, got " + std::to_string(shape.size()));
+  const int order[] = {1, 3, 2, 0};  // from the innermost size outwards
+  std::vector<py::ssize_t> strides(shape.size());
+  py::ssize_t bytes = dtype.itemsize(), step = bytes;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    const size_t d = channels_last ? size_t(order[i]) : shape.size() - 1 - i;
+    strides[d] = step;
+    if (shape[d] < 0 || __builtin_mul_overflow(bytes, shape[d], &bytes) ||
+        __builtin_mul_overflow(step, std::max<py::ssize_t>(1, shape[d]), &step))
+      throw py::value_error("shape: expected sizes from 0 that fit into memory, got " + std::to_string(shape[d]));
+  }
+  auto block = std::make_unique<Block>(size_t(bytes));
+  void* data = block->data;
+  return py::array(dtype, shape, strides, data, owned(std::move(block)));
+}
+
+Made make_array(char kind, int itemsize, std::initializer_list<int64_t> shape) {
+  size_t bytes = size_t(itemsize);
+  for (int64_t n : shape)
+    if (__builtin_mul_overflow(bytes, size_t(n), &bytes)) throw std::bad_alloc();
+  auto block = std::make_unique<Block>(bytes);
+  DLTensor& t = block->managed.tensor;
+  int64_t step = 1;
+  for (int i = int(shape.size()) - 1; i >= 0; --i) {
+    block->sizes[i] = shape.begin()[i];
+    block->strides[i] = step;
+    step *= std::max<int64_t>(1, block->sizes[i]);
+  }
+  Made made{py::object(), block->data};
+  if (tensor_api) {
+    t = {block->data,    CPU, 0, int32_t(shape.size()), code_of(kind), uint8_t(8 * itemsize), 1, block->sizes,
+         block->strides, 0};
+    block->managed.major = tensor_api->major, block->managed.minor = tensor_api->minor;
+    block->managed.context = block.get();
+    block->managed.deleter = [](ManagedTensor* m) { delete static_cast<Block*>(m->context); };
+    void* object = nullptr;
+    if (tensor_api->managed_to_object(&block->managed, &object) != 0) throw py::error_already_set();
+    block.release();  // the tensor's
+    made.object = py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+  } else {
+    const py::dtype dtype(std::string(1, kind) + std::to_string(itemsize));
+    made.object = py::array(dtype, std::vector<py::ssize_t>(shape), made.data, owned(std::move(block)));
+  }
+  return made;
 }
 
 }  // namespace sparsebreg

@@ -1,14 +1,16 @@
 // What crosses from Python: a NumPy array or, where torch hands its tensors to C, a tensor, seen through its memory. A
 // tensor costs a tenth of what `.numpy()` does, which counts where a layer is small. Only for arguments of a call: a
-// view keeps nothing alive.
+// view keeps nothing alive. And what is made for Python here.
 #pragma once
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 namespace sparsebreg {
 
@@ -40,6 +42,18 @@ bool accept_tensors(pybind11::handle type);
 
 // False where `object` is neither an array nor a tensor over memory of the CPU.
 bool view(pybind11::handle object, Array& array);
+
+// A new NumPy array of undefined content from the pool; channels_last: as torch's memory format.
+pybind11::array pool_empty(const std::vector<pybind11::ssize_t>& shape, const pybind11::dtype& dtype,
+                           bool channels_last);
+
+// A new contiguous array for Python, of undefined content, from the pool: a tensor where tensors are accepted, else a
+// NumPy array. kind and itemsize as in Array. Throws std::bad_alloc.
+struct Made {
+  pybind11::object object;
+  void* data;
+};
+Made make_array(char kind, int itemsize, std::initializer_list<int64_t> shape);
 
 }  // namespace sparsebreg
 

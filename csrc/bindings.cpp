@@ -199,17 +199,28 @@ LinearArgs<T> linear_args(const NativeIndex& pattern, int64_t N, int x_layout, i
   return a;
 }
 
-void linear_forward(const NativeIndex& pattern, int64_t N, const Array& x, int x_layout, const Array& values,
-                    const Maybe& bias, const Array& y, int y_layout, int threads) {
+// A new array of floats for Python, whose memory is put to *data.
+template <class T>
+py::object make(T** data, std::initializer_list<int64_t> shape) {
+  Made made = make_array('f', sizeof(T), shape);
+  *data = static_cast<T*>(made.data);
+  return std::move(made.object);
+}
+
+// y (N, rows).
+py::object linear_forward(const NativeIndex& pattern, int64_t N, const Array& x, int x_layout, const Array& values,
+                          const Maybe& bias, int threads) {
+  py::object y;
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
-    LinearArgs<T> a = linear_args<T>(pattern, N, x_layout, y_layout, values, threads);
+    LinearArgs<T> a = linear_args<T>(pattern, N, x_layout, int(Layout::plain), values, threads);
     a.bias = maybe_in<T>("bias", bias, a.index.rows);
     a.x = in<T>("x", x, elements("x", N, a.x_layout, {a.index.cols}));
-    a.y = out<T>("y", y, elements("y", N, a.y_layout, {a.index.rows}));
+    y = make(&a.y, {N, a.index.rows});
     py::gil_scoped_release nogil;
     kernels_of<T>().linear_forward(a);
   });
+  return y;
 }
 
 // The gradient of a linear layer's weight in factors; see kernels/weight_grad.h. It has copies of all it needs.
@@ -305,31 +316,34 @@ void weight_grad(const NativeGrad& grad, const Array& grad_weight, int threads) 
   });
 }
 
-// Sizes of x and y, then everything that backward passes of linear and convolution layers share.
-template <class Args>
-void check_backward(Args& a, int64_t x_size, int64_t y_size, const Array& grad_y, const Maybe& x, const Maybe& grad_x,
-                    const Maybe& grad_values, const Maybe& grad_bias) {
-  using T = std::remove_pointer_t<decltype(a.y)>;
+// What backward passes of linear and convolution layers read.
+template <class T, class Args>
+void take_sources(Args& a, const Array& grad_y, int64_t y_size, const Maybe& x, int64_t x_size, bool wants_values) {
   a.grad_y = in<T>("grad_y", grad_y, y_size);
   a.x = maybe_in<T>("x", x, x_size);
-  a.grad_x = maybe_out<T>("grad_x", grad_x, x_size);
-  a.grad_values = maybe_out<T>("grad_values", grad_values, a.index.nnz);
-  a.grad_bias = maybe_out<T>("grad_bias", grad_bias, a.index.rows);
-  if (a.grad_values && !a.x) refuse("x", "the input of the layer, for grad_values", "None");
+  if (wants_values && !a.x) refuse("x", "the input of the layer, for grad_values", "None");
 }
 
-void linear_backward(const NativeIndex& pattern, int64_t N, const Array& grad_y, int y_layout, const Maybe& x,
-                     int x_layout, const Array& values, const Maybe& grad_x, const Maybe& grad_values,
-                     const Maybe& grad_bias, int threads) {
+// grad_x (in the layout of x), grad_values, grad_bias; None for those that are not wanted.
+py::tuple linear_backward(const NativeIndex& pattern, int64_t N, const Array& grad_y, int y_layout, const Maybe& x,
+                          int x_layout, const Array& values, bool wants_x, bool wants_values, bool wants_bias,
+                          int threads) {
+  py::object grad_x = py::none(), grad_values = py::none(), grad_bias = py::none();
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
     LinearArgs<T> a = linear_args<T>(pattern, N, x_layout, y_layout, values, threads);
-    check_backward(a, elements("x", N, a.x_layout, {a.index.cols}), elements("grad_y", N, a.y_layout, {a.index.rows}),
-                   grad_y, x, grad_x, grad_values, grad_bias);
+    const int64_t x_size = elements("x", N, a.x_layout, {a.index.cols});
+    take_sources<T>(a, grad_y, elements("grad_y", N, a.y_layout, {a.index.rows}), x, x_size, wants_values);
+    if (wants_x && a.x_layout == Layout::plain) grad_x = make(&a.grad_x, {N, a.index.cols});
+    if (wants_x && a.x_layout == Layout::lanes)
+      grad_x = make(&a.grad_x, {(N + LANES - 1) / LANES, a.index.cols, LANES});
+    if (wants_values) grad_values = make(&a.grad_values, {a.index.nnz});
+    if (wants_bias) grad_bias = make(&a.grad_bias, {a.index.rows});
     py::gil_scoped_release nogil;
     if (a.grad_x) a.index = pattern.transposed(a.threads);
     kernels_of<T>().linear_backward(a);
   });
+  return py::make_tuple(grad_x, grad_values, grad_bias);
 }
 
 // Arguments with x in place; `size` is its number of elements.
@@ -476,8 +490,12 @@ void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<in
     using T = decltype(zero);
     ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout, values, threads);
     set_norm(a, norm);
-    check_backward(a, elements("x", N, a.x_layout, {a.IC, a.H, a.W}),
-                   elements("grad_y", N, a.y_layout, {a.OC, a.OH, a.OW}), grad_y, x, grad_x, grad_values, grad_bias);
+    const int64_t x_size = elements("x", N, a.x_layout, {a.IC, a.H, a.W});
+    take_sources<T>(a, grad_y, elements("grad_y", N, a.y_layout, {a.OC, a.OH, a.OW}), x, x_size,
+                    grad_values.has_value());
+    a.grad_x = maybe_out<T>("grad_x", grad_x, x_size);
+    a.grad_values = maybe_out<T>("grad_values", grad_values, a.index.nnz);
+    a.grad_bias = maybe_out<T>("grad_bias", grad_bias, a.index.rows);
     NormArgs<T> behind;
     set_back_norm(a, y_norm, grad_y, &behind, threads);
     if (sums) {
@@ -529,37 +547,6 @@ void repack(bool packing, int64_t N, int64_t C, int64_t P, const Array& src, con
 
 // An uninitialised array from the pool, whose memory goes back to it when the last tensor or array over it dies.
 // channels_last: of four sizes, the second is innermost in memory.
-py::array pool_empty(const std::vector<py::ssize_t>& shape, const py::dtype& dtype, bool channels_last) {
-  if (channels_last && shape.size() != 4) refuse("shape", "four sizes", std::to_string(shape.size()));
-  const int order[] = {1, 3, 2, 0};  // from the innermost size outwards
-  std::vector<py::ssize_t> strides(shape.size());
-  py::ssize_t bytes = dtype.itemsize(), step = bytes;
-  for (size_t i = 0; i < shape.size(); ++i) {
-    const size_t d = channels_last ? size_t(order[i]) : shape.size() - 1 - i;
-    strides[d] = step;
-    if (shape[d] < 0 || __builtin_mul_overflow(bytes, shape[d], &bytes) ||
-        __builtin_mul_overflow(step, std::max<py::ssize_t>(1, shape[d]), &step))
-      refuse("shape", "sizes from 0 that fit into memory", std::to_string(shape[d]));
-  }
-  struct Block {
-    void* data;
-    size_t size;
-  };
-  auto* block = new Block{nullptr, 0};
-  try {
-    block->data = pool_take(size_t(bytes), &block->size);
-  } catch (...) {
-    delete block;
-    throw;
-  }
-  py::capsule owner(block, [](void* p) {
-    auto* b = static_cast<Block*>(p);
-    pool_give(b->data, b->size);
-    delete b;
-  });
-  return py::array(dtype, shape, strides, block->data, owner);
-}
-
 py::array copy_of(const int32_t* from, int64_t count) {
   if (count < 1 << 14) return py::array_t<int32_t>(count, from);
   py::array copy = pool_empty({py::ssize_t(count)}, py::dtype::of<int32_t>(), false);

@@ -66,7 +66,7 @@ class _Linear(torch.autograd.Function):
         x = _readable(x, backend)
         _, needs_values, _, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_values or needs_weight else None, values)
-        _count(backend, 1, pattern, len(x))
+        _count(backend, 1, pattern, x.shape[0])
         return backend.linear_forward(pattern, x, values, bias)
 
     @staticmethod
@@ -76,7 +76,7 @@ class _Linear(torch.autograd.Function):
         x, values = ctx.saved_tensors
         *needs, needs_weight = ctx.needs_input_grad[:4]
         grad_y = _readable(grad_y, ctx.backend).contiguous()
-        _count(ctx.backend, needs[0] + needs[1], ctx.pattern, len(grad_y))
+        _count(ctx.backend, needs[0] + needs[1], ctx.pattern, grad_y.shape[0])
         grads = ctx.backend.linear_backward(ctx.pattern, grad_y, x, values, needs)
         grad_weight = _full_linear_gradient(_plain(grad_y), _plain(x), ctx.backend) if needs_weight else None
         return *grads, grad_weight, None, None

@@ -202,7 +202,8 @@ class SparseLinear(SparseLayer):
         return self._dense(nn.Linear, self.in_features, self.out_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.sparse_linear(x, self.pattern, self.values, self.bias)
+        parameters = self._parameters  # past nn.Module's attributes, which take longer
+        return functional.sparse_linear(x, self.pattern, parameters["values"], parameters["bias"])
 
     def _sizes(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -112,8 +112,7 @@ template <class T>
 struct Correlation {
   const T* x;
   Layout x_layout;
-  T* grad_values;  // in CSC order
-  bool add;        // or set
+  GradValues<T> grad_values;  // in CSC order
 };
 
 // Destination features [d0, d1) of lane blocks [l0, l1) of a tile; `group` holds a run of them, with `both` two.
@@ -137,7 +136,7 @@ void linear_rows(const LinearPass<T>& p, const T* packed, int64_t tile, int l0, 
   t.dst_col = LANES;
   t.dst_channel = int64_t(width) * LANES;
   if (both) {
-    t.grad_values = {both->grad_values, both->add};
+    t.grad_values = both->grad_values;
     t.own = OwnTile<T>{own, t.dst_channel, 0, LANES, nullptr, nullptr, false, LANES, 0, 0};
   }
   for (int64_t d = d0; d < d1; d += run) {
@@ -358,17 +357,23 @@ struct ValueSums {
   bool by_unit;
   T* sums;         // [copies][nnz]; null: the gradients themselves
   bool from_zero;  // a copy begins as zeros, and all tasks add to it
+  bool few;        // they fit in half of a second-level cache
 
   ValueSums(const Share& s, const LinearArgs<T>& a, bool apart)
       : copies(int(least<int64_t>(s.units(), a.threads))),
         by_unit(s.units() <= a.threads),
         sums(apart || copies > 1 ? scratch<T>(slot_sums, a.index.nnz * copies) : nullptr),
-        from_zero(copies > 1 && !by_unit) {}
+        from_zero(copies > 1 && !by_unit),
+        few(a.index.nnz * copies * int64_t(sizeof(T)) <= (int64_t(512) << 10)) {}
 
-  T* of(int64_t unit, const LinearArgs<T>& a) const {
-    return sums ? sums + a.index.nnz * (by_unit ? unit : team_member()) : a.grad_values;
+  // Threads have columns of their own here, and rows of their own in the end: nearly every line of sums goes from one
+  // to the others. Where these have caches of their own, too, writing to lines that they still hold takes as long as
+  // the products; what goes past the caches does not wait for them.
+  GradValues<T> of(int64_t unit, const LinearArgs<T>& a) const {
+    T* at = sums ? sums + a.index.nnz * (by_unit ? unit : team_member()) : a.grad_values;
+    const bool add = from_zero || (!by_unit && unit > 0);
+    return {at, add, sums && !add && few && a.threads > 1};
   }
-  bool adds(int64_t unit) const { return from_zero || (!by_unit && unit > 0); }
 
   // In a parallel region, before and after the tasks. from: where the gradient of a value stands in a copy, or null.
   void begin(const LinearArgs<T>& a) const {
@@ -379,7 +384,9 @@ struct ValueSums {
   void end(const LinearArgs<T>& a, const int32_t* from) const {
     if (!sums) return;
     const int64_t nnz = a.index.nnz, piece = 1024;
+    stream_fence();
 #pragma omp barrier
+    for (int64_t k = 0; few && from && k < nnz * copies; k += LINE / int64_t(sizeof(T))) __builtin_prefetch(sums + k);
 #pragma omp for schedule(static) nowait
     for (int64_t k = 0; k < nnz; k += piece)
       sum_copies(sums, nnz, copies, from, k, least(nnz, k + piece), a.grad_values);
@@ -411,7 +418,7 @@ void backward_both(const LinearArgs<T>& a) {
       const int q = int(i % s.parts);
       if (have != u) pack_features(a.grad_y, a.y_layout, a.N, ix.rows, TL, u, 0, TL, 0, ix.rows, packed);
       have = u;
-      const Correlation<T> both{a.x, a.x_layout, values.of(u, a), values.adds(u)};
+      const Correlation<T> both{a.x, a.x_layout, values.of(u, a)};
       linear_rows(back, packed, u, 0, TL, linear_part(ix.colptr, ix.cols, s.parts, q),
                   linear_part(ix.colptr, ix.cols, s.parts, q + 1), groups.mine(), &both);
     }
@@ -453,8 +460,9 @@ void backward_values(const LinearArgs<T>& a) {
       if (have != u) pack_features(a.x, a.x_layout, a.N, ix.cols, p.TL, u, 0, p.TL, 0, ix.cols, sources.mine());
       have = u;
       pack_features(a.grad_y, a.y_layout, a.N, ix.rows, p.TL, u, 0, p.TL, t.r0, t.r1, grads.mine());
-      t.grad_values = {values.of(u, a), true};
-      for (int32_t k = ix.rowptr[t.r0]; !values.adds(u) && k < ix.rowptr[t.r1]; ++k) t.grad_values.at[k] = T(0);
+      t.grad_values = values.of(u, a);
+      for (int32_t k = ix.rowptr[t.r0]; !t.grad_values.add && k < ix.rowptr[t.r1]; ++k) t.grad_values.at[k] = T(0);
+      t.grad_values = {t.grad_values.at, true};
       for (int h = 0; h < p.chunks; ++h) {
         t.begin = p.starts + h;
         t.end = t.begin + 1;

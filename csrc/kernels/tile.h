@@ -43,7 +43,8 @@ SB_INLINE void add_moments(const V<T>* v, V<T>& mean, V<T>& squares, T count) {
 template <class T>
 struct GradValues {
   T* at;
-  bool add;  // or set
+  bool add;                      // or set
+  bool past_the_caches = false;  // how they are set
 };
 
 // The sums of the lanes of sum[0..m) become those of the nonzeros from k on.
@@ -53,6 +54,7 @@ SB_INLINE void pass_sums(const V<T>* sum, int m, const GradValues<T>& to, int32_
   V<T> lanes[n];
   for (int q = 0; q < n; ++q) lanes[q] = sum[q];
   const V<T> totals = sum_each<T>(lanes);
+  if (m == n && CAN_STREAM && to.past_the_caches) return stream(to.at + k, totals);
   if (m == n) return store(to.at + k, to.add ? load(to.at + k) + totals : totals);
   alignas(64) T out[n];
   store(out, totals);
@@ -72,24 +74,29 @@ __attribute__((noinline)) void pass_fewer_sums(V<T>* sum, int m, const GradValue
 constexpr int HELD = 256;
 
 // Registers whose lanes are still to be summed, of nonzeros that follow one another. A register is reduced together
-// with its neighbours, across rows too: rows of a chunk are short. They lie apart from what tells where they end, which
-// is then a register's, too.
+// with its neighbours, across rows too: rows of a chunk are short. What goes past the caches begins with fewer, so that
+// all others go to a vector's border. They lie apart from what tells where they end, which is then a register's, too.
 template <class T>
 struct SumQueue {
   static constexpr int n = Vec<T>::n, ROOM = n < LANES ? n + HELD : n;
 
   V<T>* const begin;  // ROOM
   V<T>* end;
-  int32_t k;  // the nonzero of *begin
+  V<T>* full;  // where *end is the last one
+  int32_t k;   // the nonzero of *begin
 
-  SB_INLINE explicit SumQueue(V<T>* room) : begin(room), end(room), k(0) {}
+  SB_INLINE explicit SumQueue(V<T>* room) : begin(room), end(room), full(room + n), k(0) {}
   SB_INLINE void put(V<T> v, const GradValues<T>& to) {
     *end++ = v;
-    if (end == begin + n) {
+    if (end != full) return;
+    const int m = int(end - begin);
+    if (m == n)
       pass_sums<T>(begin, n, to, k);
-      k += n;
-      end = begin;
-    }
+    else
+      pass_fewer_sums<T>(begin, m, to, k);
+    k += m;
+    end = begin;
+    full = begin + n;
   }
   SB_INLINE void flush(const GradValues<T>& to) {
     if (end != begin) pass_fewer_sums<T>(begin, int(end - begin), to, k);
@@ -100,6 +107,8 @@ struct SumQueue {
     if (k + (end - begin) == next) return;
     flush(to);
     k = next;
+    full = begin + n;
+    if (CAN_STREAM && to.past_the_caches) full -= reinterpret_cast<uintptr_t>(to.at + k) / sizeof(T) % n;
   }
   // Puts product(k, sum), which is `sum` and more, for at most HELD nonzeros: of one part of the lanes after the other,
   // each on top of those before it.

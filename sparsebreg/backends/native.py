@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 
 from sparsebreg import _extension, lanes, memory
@@ -22,6 +23,10 @@ LEAST_DENSITY = 0.5
 MOST_ROOM = 2
 
 
+#: Types of tensors that keep their numbers where torch says.
+_ORDINARY = {torch.Tensor, torch.nn.Parameter}
+
+
 def _layout(t: torch.Tensor) -> Layout:
     if type(t) is LaneTensor:
         return Layout.LANES
@@ -30,8 +35,8 @@ def _layout(t: torch.Tensor) -> Layout:
 
 def _memory(t: torch.Tensor | None, layout: Layout = Layout.PLAIN):
     """t as the extension takes it; None stays None."""
-    if t is None:
-        return None
+    if t is None or (type(t) in _ORDINARY and layout is Layout.PLAIN and _extension.TENSORS and not t.is_neg()):
+        return t
     t = resolve(t)
     if layout is Layout.LANES:
         t = t.packed
@@ -77,8 +82,9 @@ def _gradients(pattern, dtype: torch.dtype, needs):
     return grad_values, grad_bias
 
 
-def _tensor(array) -> torch.Tensor | None:
-    return None if array is None else torch.from_numpy(array)
+def _tensor(made) -> torch.Tensor | None:
+    """What the extension made, where it may be an array; None stays None."""
+    return torch.from_numpy(made) if isinstance(made, np.ndarray) else made
 
 
 @functools.lru_cache(maxsize=1024)
@@ -100,23 +106,23 @@ class NativeBackend:
         return self.C.isa()
 
     def linear_forward(self, pattern, x, values, bias):
-        y = memory.empty_array((x.shape[0], pattern.rows), x.dtype)
         layout = _layout(x)
-        self.C.linear_forward(
-            pattern.native_index(), x.shape[0], _memory(x, layout), layout, _memory(values), _memory(bias), y, 0,
-            torch.get_num_threads(),
+        return _tensor(
+            self.C.linear_forward(
+                pattern.native_index(), x.shape[0], _memory(x, layout), layout, _memory(values), _memory(bias),
+                torch.get_num_threads(),
+            )
         )  # fmt: skip
-        return torch.from_numpy(y)
 
     def linear_backward(self, pattern, grad_y, x, values, needs):
         n, layout, grad_layout = grad_y.shape[0], Layout.PLAIN if x is None else _layout(x), _layout(grad_y)
-        grad_x, into_x = _result((n, pattern.cols), grad_y.dtype, layout) if needs[0] else (None, None)
-        grad_values, grad_bias = _gradients(pattern, grad_y.dtype, needs)
-        self.C.linear_backward(
+        grad_x, grad_values, grad_bias = self.C.linear_backward(
             pattern.native_index(), n, _memory(grad_y, grad_layout), grad_layout, _memory(x, layout), layout,
-            _memory(values), into_x, grad_values, grad_bias, torch.get_num_threads(),
+            _memory(values), *needs, torch.get_num_threads(),
         )  # fmt: skip
-        return grad_x, _tensor(grad_values), _tensor(grad_bias)
+        if grad_x is not None and layout is Layout.LANES:
+            grad_x = lanes.wrap(_tensor(grad_x), n)
+        return _tensor(grad_x), _tensor(grad_values), _tensor(grad_bias)
 
     def weight_grad(self, grad_y, x):
         n, rows = grad_y.shape

@@ -83,9 +83,9 @@ struct SumQueue {
   V<T>* const begin;  // ROOM
   V<T>* end;
   V<T>* full;  // where *end is the last one
-  int32_t k;   // the nonzero of *begin
+  int32_t k;   // the nonzero of *begin; below 0: nothing was put yet
 
-  SB_INLINE explicit SumQueue(V<T>* room) : begin(room), end(room), full(room + n), k(0) {}
+  SB_INLINE explicit SumQueue(V<T>* room) : begin(room), end(room), full(room + n), k(-1) {}
   SB_INLINE void put(V<T> v, const GradValues<T>& to) {
     *end++ = v;
     if (end != full) return;

@@ -6,12 +6,14 @@
 // weights (see conv2d.h), a few input channels at once, so that they stay in the second-level cache; grad_y is read
 // where it is.
 
-#if SB_VECTOR_BYTES == 64 || defined(__aarch64__)
-constexpr int MANY_CHANNELS = 8;  // thirty-two registers
-#else
+// So many sums at once: as many as there are registers for, or as keep the multipliers busy. With more of them a block
+// of positions has to be smaller, and lanes are added up more often.
 constexpr int MANY_CHANNELS = 4;
+#if SB_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int TAPS = 4;  // of thirty-two registers
+#else
+constexpr int TAPS = 3;
 #endif
-constexpr int TAPS = 3;  // at once: a row of the usual kernel
 
 // A block of positions: `blocks` of samples, `rows`, and row_length elements of every row.
 template <class T>
@@ -41,7 +43,8 @@ void outer_tile(const OuterTile<T>& t) {
         V<T> own[KT];
         for (int j = 0; j < KT; ++j) own[j] = load(x[j] + i);
         for (int o = 0; o < OT; ++o) {
-          const V<T> v = load(g + o * t.grad_channel + i);
+          V<T> v = load(g + o * t.grad_channel + i);
+          in_register<T>(v);
           for (int j = 0; j < KT; ++j) acc[o][j] += v * own[j];
         }
       }
@@ -76,16 +79,17 @@ using OuterFn = void (*)(const OuterTile<T>&);
 
 template <class T, int OT>
 OuterFn<T> pick_outer(int taps) {
-  static constexpr OuterFn<T> fns[] = {outer_tile<T, OT, 1>, outer_tile<T, OT, 2>, outer_tile<T, OT, 3>};
-  static_assert(TAPS == 3, "one for every number of taps");
+  static constexpr OuterFn<T> fns[] = {outer_tile<T, OT, 1>, outer_tile<T, OT, 2>, outer_tile<T, OT, 3>,
+                                       outer_tile<T, OT, TAPS>};
+  static_assert(TAPS == 3 || TAPS == 4, "one for every number of taps");
   return fns[taps - 1];
 }
 
-// For 1, 2, 4 or MANY_CHANNELS.
+// For 1, 2 or MANY_CHANNELS.
 template <class T>
 OuterFn<T> outer_fn(int channels, int taps) {
   if (channels == MANY_CHANNELS) return pick_outer<T, MANY_CHANNELS>(taps);
-  return channels == 4 ? pick_outer<T, 4>(taps) : channels == 2 ? pick_outer<T, 2>(taps) : pick_outer<T, 1>(taps);
+  return channels == 2 ? pick_outer<T, 2>(taps) : pick_outer<T, 1>(taps);
 }
 
 // All tiles of a block of positions: `channels` x `taps` weights, and sums of channels for `bias` if it is not null. t
@@ -129,7 +133,7 @@ struct GradPlan {
 template <class T>
 GradPlan plan_grad(const ConvArgs<T>& a, const Band& band, int reach_y, int64_t blocks) {
   const int64_t vector = LANES * int64_t(sizeof(T)), KK = int64_t(a.KH) * a.KW;
-  const int64_t L1 = (MANY_CHANNELS > 4 ? 40 : 24) << 10, L2 = 128 << 10;
+  const int64_t L1 = 26 << 10, L2 = 256 << 10;
   const int64_t channels = div_up(TAPS, KK), phases = int64_t(band.NY) * band.NX;
   // A tile's positions of x and grad_y, to be passed by again for the next taps.
   const auto fits = [&](int rows, int columns, int64_t images) {

@@ -43,6 +43,7 @@ struct ExchangeApi {
 };
 
 constexpr int32_t CPU = 1;
+constexpr uint8_t INT = 0, UNSIGNED = 1, FLOAT = 2, BOOL = 6;  // codes of types
 
 PyTypeObject* tensor_type = nullptr;  // kept for good
 const ExchangeApi* tensor_api = nullptr;
@@ -60,10 +61,10 @@ struct Block {
 };
 
 char kind_of(uint8_t code, uint8_t bits) {
-  if (code == 0) return 'i';
-  if (code == 1) return 'u';
-  if (code == 2) return 'f';
-  return code == 6 && bits == 8 ? 'b' : 0;
+  if (code == INT) return 'i';
+  if (code == UNSIGNED) return 'u';
+  if (code == FLOAT) return 'f';
+  return code == BOOL && bits == 8 ? 'b' : 0;
 }
 
 py::capsule owned(std::unique_ptr<Block> block) {
@@ -71,8 +72,6 @@ py::capsule owned(std::unique_ptr<Block> block) {
   block.release();
   return owner;
 }
-
-uint8_t code_of(char kind) { return kind == 'f' ? 2 : kind == 'u' ? 1 : 0; }
 
 bool view_tensor(py::handle object, Array& a) {
   DLTensor t{};
@@ -150,7 +149,7 @@ py::array pool_empty(const std::vector<py::ssize_t>& shape, const py::dtype& dty
   return py::array(dtype, shape, strides, data, owned(std::move(block)));
 }
 
-Made make_array(char kind, int itemsize, std::initializer_list<int64_t> shape) {
+Made make_floats(int itemsize, std::initializer_list<int64_t> shape) {
   size_t bytes = size_t(itemsize);
   for (int64_t n : shape)
     if (__builtin_mul_overflow(bytes, size_t(n), &bytes)) throw std::bad_alloc();
@@ -164,8 +163,7 @@ Made make_array(char kind, int itemsize, std::initializer_list<int64_t> shape) {
   }
   Made made{py::object(), block->data};
   if (tensor_api) {
-    t = {block->data,    CPU, 0, int32_t(shape.size()), code_of(kind), uint8_t(8 * itemsize), 1, block->sizes,
-         block->strides, 0};
+    t = {block->data, CPU, 0, int32_t(shape.size()), FLOAT, uint8_t(8 * itemsize), 1, block->sizes, block->strides, 0};
     block->managed.major = tensor_api->major, block->managed.minor = tensor_api->minor;
     block->managed.context = block.get();
     block->managed.deleter = [](ManagedTensor* m) { delete static_cast<Block*>(m->context); };
@@ -174,7 +172,7 @@ Made make_array(char kind, int itemsize, std::initializer_list<int64_t> shape) {
     block.release();  // the tensor's
     made.object = py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
   } else {
-    const py::dtype dtype(std::string(1, kind) + std::to_string(itemsize));
+    const py::dtype dtype("f" + std::to_string(itemsize));
     made.object = py::array(dtype, std::vector<py::ssize_t>(shape), made.data, owned(std::move(block)));
   }
   return made;

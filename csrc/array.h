@@ -43,17 +43,18 @@ bool accept_tensors(pybind11::handle type);
 // False where `object` is neither an array nor a tensor over memory of the CPU.
 bool view(pybind11::handle object, Array& array);
 
-// A new NumPy array of undefined content from the pool; channels_last: as torch's memory format.
+// An uninitialised array from the pool, whose memory goes back to it when the last tensor or array over it dies.
+// channels_last: of four sizes, the second is innermost in memory.
 pybind11::array pool_empty(const std::vector<pybind11::ssize_t>& shape, const pybind11::dtype& dtype,
                            bool channels_last);
 
-// A new contiguous array for Python, of undefined content, from the pool: a tensor where tensors are accepted, else a
-// NumPy array. kind and itemsize as in Array. Throws std::bad_alloc.
+// The same of floats, contiguous, of at most four sizes: a tensor where tensors are accepted, else an array. Throws
+// std::bad_alloc.
 struct Made {
   pybind11::object object;
   void* data;
 };
-Made make_array(char kind, int itemsize, std::initializer_list<int64_t> shape);
+Made make_floats(int itemsize, std::initializer_list<int64_t> shape);
 
 }  // namespace sparsebreg
 

@@ -202,7 +202,7 @@ LinearArgs<T> linear_args(const NativeIndex& pattern, int64_t N, int x_layout, i
 // A new array of floats for Python, whose memory is put to *data.
 template <class T>
 py::object make(T** data, std::initializer_list<int64_t> shape) {
-  Made made = make_array('f', sizeof(T), shape);
+  Made made = make_floats(sizeof(T), shape);
   *data = static_cast<T*>(made.data);
   return std::move(made.object);
 }
@@ -545,8 +545,6 @@ void repack(bool packing, int64_t N, int64_t C, int64_t P, const Array& src, con
   });
 }
 
-// An uninitialised array from the pool, whose memory goes back to it when the last tensor or array over it dies.
-// channels_last: of four sizes, the second is innermost in memory.
 py::array copy_of(const int32_t* from, int64_t count) {
   if (count < 1 << 14) return py::array_t<int32_t>(count, from);
   py::array copy = pool_empty({py::ssize_t(count)}, py::dtype::of<int32_t>(), false);

@@ -206,8 +206,8 @@ METHODS: dict[str, Method] = {
             "lam": 0.07,
             "coarse_steps": 39,
         },
-        # The MLP does better, and sparser, if sleeping weights do not remember. Convolutions see larger gradients, so the
-        # same step is larger for them.
+        # The MLP does better, and sparser, if sleeping weights do not remember. Convolutions see larger gradients, so
+        # the same step is larger for them.
         for_model={
             "mlp": {"keep_momentum": False},
             "convnet": {"lr": 1.5, "lam": 0.18, "coarse_steps": 9, "init_density": 0.08},

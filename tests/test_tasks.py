@@ -53,11 +53,12 @@ def test_from_the_files_to_the_report(form, model, method, augment, tmp_path, on
     assert (row["method"], float(row["test_accuracy"])) == (method, result["test_accuracy"])
 
 
+@pytest.mark.parametrize(("model", "default"), [("mlp", False), ("convnet", True)])
 @pytest.mark.parametrize("keep", [None, True, False])
-def test_momentum_of_sleeping_weights(keep):
-    config = Config(method="ml-linbreg", keep_momentum=keep).resolved()
-    optimizer, _ = METHODS["ml-linbreg"].build(MODELS["mlp"]((1, 8, 8)), config, 10)
-    assert [group["keep_momentum"] for group in optimizer.param_groups] == [keep is not False] * 2
+def test_momentum_of_sleeping_weights(keep, model, default):
+    config = Config(method="ml-linbreg", model=model, keep_momentum=keep).resolved()
+    optimizer, _ = METHODS["ml-linbreg"].build(MODELS[model]((1, 28, 28)), config, 10)
+    assert [group["keep_momentum"] for group in optimizer.param_groups] == [default if keep is None else keep] * 2
 
 
 def test_models_with_batch_norm_start_alike():

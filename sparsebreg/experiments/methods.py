@@ -182,9 +182,13 @@ METHODS: dict[str, Method] = {
     "linbreg": Method(
         _LINBREG,
         {**_SPARSE, "momentum": 0.9, "lr": 1.0, "lam": 0.05},
-        # The MLP does as well without momentum, and a step is shorter. In the ConvNet most weights wake in the first
-        # steps with a smaller λ or a short warm-up, and runs diverge, as all do without momentum.
-        for_model={"mlp": {"momentum": 0.0}, "convnet": {"lr": 1.5, "lam": 0.2, "warmup": 1.0}},
+        # The MLP does as well without momentum, and a step is shorter; from a λ that is far too small most weights wake
+        # in the first steps, and without a warm-up it diverged. So does the ConvNet with a shorter one, and always
+        # without momentum.
+        for_model={
+            "mlp": {"momentum": 0.0, "warmup": 0.2},
+            "convnet": {"lr": 1.5, "lam": 0.2, "warmup": 1.0},
+        },
         bregman=True,
     ),
     "adabreg": Method(_ADABREG, {**_SPARSE, "lr": 2e-3, "lam": 0.02}, bregman=True, for_target={"lr": 4e-3}),

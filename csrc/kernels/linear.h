@@ -460,9 +460,9 @@ void backward_values(const LinearArgs<T>& a) {
       if (have != u) pack_features(a.x, a.x_layout, a.N, ix.cols, p.TL, u, 0, p.TL, 0, ix.cols, sources.mine());
       have = u;
       pack_features(a.grad_y, a.y_layout, a.N, ix.rows, p.TL, u, 0, p.TL, t.r0, t.r1, grads.mine());
-      t.grad_values = values.of(u, a);
-      for (int32_t k = ix.rowptr[t.r0]; !t.grad_values.add && k < ix.rowptr[t.r1]; ++k) t.grad_values.at[k] = T(0);
-      t.grad_values = {t.grad_values.at, true};
+      const GradValues<T> own = values.of(u, a);
+      for (int32_t k = ix.rowptr[t.r0]; !own.add && k < ix.rowptr[t.r1]; ++k) own.at[k] = T(0);
+      t.grad_values = {own.at, true};
       for (int h = 0; h < p.chunks; ++h) {
         t.begin = p.starts + h;
         t.end = t.begin + 1;

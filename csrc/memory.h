@@ -23,15 +23,19 @@ T* scratch(Slot slot, size_t count) {
   return static_cast<T*>(scratch_bytes(slot, count * sizeof(T)));
 }
 
-// `count` elements for each thread of a team, taken before the parallel region: no exception may leave one.
+// `count` elements for each thread of a team, taken before the parallel region: no exception may leave one. Between
+// them lies what nobody touches: a processor that reads its own elements in strides asks for some behind them, too, and
+// would take from its neighbour the cache lines that this one is writing to.
 template <class T>
 class TeamScratch {
  public:
   TeamScratch(Slot slot, int threads, size_t count)
-      : step_((count * sizeof(T) + 63) / 64 * 64 / sizeof(T)), data_(scratch<T>(slot, step_ * size_t(threads))) {}
+      : step_((count * sizeof(T) + 63) / 64 * 64 / sizeof(T) + BETWEEN / sizeof(T)),
+        data_(scratch<T>(slot, step_ * size_t(threads))) {}
   T* mine() const { return data_ + step_ * size_t(team_member()); }
 
  private:
+  static constexpr size_t BETWEEN = size_t(64) << 10;
   size_t step_;  // whole cache lines: threads write next to each other
   T* data_;
 };

@@ -45,7 +45,7 @@ struct ExchangeApi {
 constexpr int32_t CPU = 1;
 constexpr uint8_t INT = 0, UNSIGNED = 1, FLOAT = 2, BOOL = 6;  // codes of types
 
-PyTypeObject* tensor_type = nullptr;  // kept for good
+PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;  // kept for good
 const ExchangeApi* tensor_api = nullptr;
 
 alignas(64) char nothing[64];  // where arrays without an element lie
@@ -110,13 +110,15 @@ bool view_array(const py::array& array, Array& a) {
 
 std::string Array::dtype_name() const { return py::str(object.attr("dtype")); }
 
-bool accept_tensors(py::handle type) {
+bool accept_tensors(py::handle type, py::handle parameter) {
   if (!PyType_Check(type.ptr())) throw py::type_error("type: expected a type");
+  if (!PyType_Check(parameter.ptr())) throw py::type_error("parameter: expected a type");
   const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
   if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return false;
   const auto* api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (api->major != 1 || !api->view_of_object || !api->managed_to_object) return false;
   tensor_type = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
+  parameter_type = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   tensor_api = api;
   return true;
 }
@@ -129,6 +131,17 @@ bool view(py::handle object, Array& a) {
           : py::isinstance<py::array>(object) && view_array(py::reinterpret_borrow<py::array>(object), a);
   if (known && a.size == 0) a.data = nothing, a.contiguous = true;
   return known;
+}
+
+bool view_ordinary(py::handle object, Array& a) noexcept {
+  const PyTypeObject* type = Py_TYPE(object.ptr());
+  if (!tensor_type || (type != tensor_type && type != parameter_type)) return false;
+  a.object = object;
+  try {
+    return view_tensor(object, a);
+  } catch (const py::error_already_set&) {
+    return false;
+  }
 }
 
 py::array pool_empty(const std::vector<py::ssize_t>& shape, const py::dtype& dtype, bool channels_last) {

@@ -37,11 +37,15 @@ struct Array {
 };
 
 // Arguments of this type, or of one derived from it, are read through DLPack's table of C functions. False where the
-// type has none that is understood here: then tensors cross as NumPy arrays.
-bool accept_tensors(pybind11::handle type);
+// type has none that is understood here: then tensors cross as NumPy arrays. parameter: a type derived from it that
+// adds nothing to it.
+bool accept_tensors(pybind11::handle type, pybind11::handle parameter);
 
 // False where `object` is neither an array nor a tensor over memory of the CPU.
 bool view(pybind11::handle object, Array& array);
+
+// The same of a tensor without a type of its own; whatever is wrong with it, the answer is false.
+bool view_ordinary(pybind11::handle object, Array& array) noexcept;
 
 // An uninitialised array from the pool, whose memory goes back to it when the last tensor or array over it dies.
 // channels_last: of four sizes, the second is innermost in memory.

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <initializer_list>
 #include <memory>
 #include <mutex>
@@ -221,6 +222,19 @@ py::object linear_forward(const NativeIndex& pattern, int64_t N, const Array& x,
     kernels_of<T>().linear_forward(a);
   });
   return y;
+}
+
+// Whether the forward pass takes these as they are: ordinary tensors of two sizes, one and one (bias: or None) that
+// fit. Whoever is told no has to ask them one by one.
+bool linear_takes(const NativeIndex& pattern, py::handle x, py::handle values, py::handle bias) {
+  Array a, v, b;
+  const Index& ix = pattern.index;
+  const auto fits = [&](const Array& t, int64_t size) {
+    return t.contiguous && t.ndim == 1 && t.size == size && t.kind == v.kind && t.itemsize == v.itemsize;
+  };
+  return view_ordinary(values, v) && (v.is<float>() || v.is<double>()) && fits(v, ix.nnz) && view_ordinary(x, a) &&
+         a.contiguous && a.ndim == 2 && a.shape[1] == ix.cols && a.kind == v.kind && a.itemsize == v.itemsize &&
+         (bias.is_none() || (view_ordinary(bias, b) && fits(b, ix.rows)));
 }
 
 // The gradient of a linear layer's weight in factors; see kernels/weight_grad.h. It has copies of all it needs.
@@ -891,9 +905,11 @@ PYBIND11_MODULE(_C, m) {
       .def("arrays", &index_arrays)
       .def("transposed", &transposed_arrays);
   m.def("accept_tensors", &accept_tensors);
+  m.def("environment", [](const char* name) { return static_cast<const char*>(std::getenv(name)); });
   m.def("isa", [] { return active_table().isa; });
   m.def("available_isas", &available_isas);
   m.def("select_isa", &select_isa);
+  m.def("linear_takes", &linear_takes);
   m.def("linear_forward", &linear_forward);
   m.def("linear_backward", &linear_backward);
   py::class_<NativeGrad>(m, "Gradient").def_static("of", &NativeGrad::of);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 
 import torch  # before the extension: both must share one OpenMP runtime
@@ -16,7 +17,7 @@ TENSORS = False
 try:
     _C = importlib.import_module("sparsebreg._C")
     _C.isa()  # reads SPARSEBREG_ISA
-    TENSORS = _C.accept_tensors(torch.Tensor)
+    TENSORS = _C.accept_tensors(torch.Tensor, torch.nn.Parameter)
 except ModuleNotFoundError as error:
     if error.name != "sparsebreg._C":
         raise
@@ -29,3 +30,8 @@ except (ImportError, ValueError) as error:
 def native() -> ModuleType | None:
     """The extension module, or None."""
     return _C
+
+
+#: Value of an environment variable, or None. ``os.environ`` raises and catches an error where there is none, which
+#: takes longer than all else that is asked before a small layer's forward pass; what is put there reaches C, too.
+environment = os.environ.get if _C is None else _C.environment

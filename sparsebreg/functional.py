@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 from torch.autograd.function import once_differentiable
 
-from sparsebreg import backends, memory
+from sparsebreg import _extension, backends, memory
 from sparsebreg.backends import Geometry, Layout
 from sparsebreg.errors import check_input, expected
 from sparsebreg.lanes import LANES, LaneTensor
@@ -32,23 +33,23 @@ def _count(backend: Any, products: int, pattern: SparsePattern, positions: int) 
         torch.ops.sparsebreg.count_flops(2 * products * pattern.nnz * positions)
 
 
-def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a backward pass that cannot be differentiated itself, as ``once_differentiable`` does.
+def _first_order(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates a backward pass that cannot be differentiated itself, as ``once_differentiable`` does, and labels it.
 
     That one switches gradients off and looks through the arguments at every call; here only where gradients are on.
     """
-    guarded = once_differentiable(backward)
 
-    @functools.wraps(backward)
-    def call(ctx, grad_y):
-        return (guarded if torch.is_grad_enabled() else backward)(ctx, grad_y)
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        guarded = once_differentiable(labelled(name)(backward))
 
-    return call
+        @functools.wraps(backward)
+        def call(ctx, grad_y):
+            plainly = not (torch.is_grad_enabled() or profiler._is_profiler_enabled)
+            return (backward if plainly else guarded)(ctx, grad_y)
 
+        return call
 
-def _readable(x: torch.Tensor | None, backend: backends.Backend) -> torch.Tensor | None:
-    """x, unpacked where the backend does not compute on the lane layout."""
-    return x.plain if isinstance(x, LaneTensor) and not backend.lanes else x
+    return decorate
 
 
 def _plain(x: torch.Tensor) -> torch.Tensor:
@@ -63,19 +64,18 @@ class _Linear(torch.autograd.Function):
     @labelled("linear")
     def forward(ctx: Any, x, values, bias, weight, pattern, backend):
         ctx.pattern, ctx.backend = pattern, backend
-        x = _readable(x, backend)
+        x = x if backend.lanes else _plain(x)
         _, needs_values, _, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_values or needs_weight else None, values)
         _count(backend, 1, pattern, x.shape[0])
         return backend.linear_forward(pattern, x, values, bias)
 
     @staticmethod
-    @_first_order
-    @labelled("linear_backward")
+    @_first_order("linear_backward")
     def backward(ctx: Any, grad_y):
         x, values = ctx.saved_tensors
         *needs, needs_weight = ctx.needs_input_grad[:4]
-        grad_y = _readable(grad_y, ctx.backend).contiguous()
+        grad_y = (grad_y if ctx.backend.lanes else _plain(grad_y)).contiguous()
         _count(ctx.backend, needs[0] + needs[1], ctx.pattern, grad_y.shape[0])
         grads = ctx.backend.linear_backward(ctx.pattern, grad_y, x, values, needs)
         grad_weight = _full_linear_gradient(_plain(grad_y), _plain(x), ctx.backend) if needs_weight else None
@@ -87,7 +87,7 @@ class _Conv2d(torch.autograd.Function):
     @labelled("conv2d")
     def forward(ctx: Any, x, values, bias, weight, pattern, geometry, layout, training, backend):
         ctx.pattern, ctx.geometry, ctx.backend, ctx.x_shape = pattern, geometry, backend, x.shape
-        x = _readable(x, backend)
+        x = x if backend.lanes else _plain(x)
         _, needs_values, _, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_values or needs_weight else None, values)
         y = backend.conv2d_forward(pattern, x, values, bias, geometry, layout, training)
@@ -95,13 +95,12 @@ class _Conv2d(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_first_order
-    @labelled("conv2d_backward")
+    @_first_order("conv2d_backward")
     def backward(ctx: Any, grad_y):
         x, values = ctx.saved_tensors
         *needs, needs_weight = ctx.needs_input_grad[:4]
         pattern, geometry = ctx.pattern, ctx.geometry
-        grad_y = _dense_format(_readable(grad_y, ctx.backend))
+        grad_y = _dense_format(grad_y if ctx.backend.lanes else _plain(grad_y))
         _count(ctx.backend, needs[0] + needs[1], pattern, math.prod((len(grad_y), *grad_y.shape[2:])))
         if not needs_weight:
             return *ctx.backend.conv2d_backward(pattern, grad_y, x, values, geometry, ctx.x_shape, needs), *[None] * 6
@@ -180,6 +179,18 @@ def _check_parameters(
             raise ValueError(expected("weight", f"shape {pattern.shape}", tuple(weight.shape)))
 
 
+def _usual(x: Any, pattern: SparsePattern, values: Any, bias: Any) -> bool:
+    """Whether a linear layer's arguments are right, and as most are: then one call is enough to know."""
+    if not _extension.TENSORS or len(pattern.shape) != 2 or torch._C._are_functorch_transforms_active():
+        return False
+    return _extension.native().linear_takes(pattern.native_index(), x, values, bias)
+
+
+# What ``Function.apply`` comes to for ordinary tensors outside of functorch's transforms: all else in it takes as long
+# as a small layer's arithmetic.
+_apply_linear = super(torch.autograd.Function, _Linear).apply
+
+
 def sparse_linear(
     x: torch.Tensor,
     pattern: SparsePattern,
@@ -205,6 +216,8 @@ def sparse_linear(
     Raises:
         TypeError, ValueError: naming the argument, for a wrong dtype, device, layout or shape.
     """
+    if _usual(x, pattern, values, bias) and weight is None:
+        return _apply_linear(x, values, bias, None, pattern, backends.current())
     _check_parameters(values, bias, weight, pattern)
     check_input("x", x, values.dtype)
     if len(pattern.shape) != 2:

@@ -245,7 +245,7 @@ EACH = [(name, array) for name, (_, valid, _) in CALLS.items() for array in vali
 def test_every_kernel_is_here():
     starts = ("linear_", "weight_", "conv2d_", "norm_", "max_pool")
     kernels = {n for n in dir(C) if n.startswith(starts) or n.endswith("_step")}
-    assert kernels <= {*CALLS, "max_pool"}
+    assert kernels <= {*CALLS, "max_pool", "linear_takes"}
 
 
 def test_where_a_step_gathers():
@@ -331,15 +331,64 @@ def test_no_array(wrong):
 
 
 @pytest.mark.skipif(not _extension.TENSORS, reason="this torch does not hand its tensors to C")
+def test_what_the_linear_kernel_takes():
+    x, values, bias = torch.zeros(3, 6), torch.zeros(linear.nnz), torch.zeros(4)
+    parameters = torch.nn.Parameter(values), torch.nn.Parameter(bias)
+    for good in (
+        (x, values, bias),
+        (x, *parameters),
+        (x[:0], values, None),
+        (x.double(), values.double(), bias.double()),
+        (x.requires_grad_() * 1, values, bias),
+    ):
+        assert C.linear_takes(ix, *good)
+    leaked = []
+    torch.func.grad(lambda t: leaked.append(t * 1) or t.sum())(x.detach())
+    for i, wrong in (
+        (0, x.double()),
+        (0, x.int()),
+        (0, x[:, :5]),
+        (0, x[None]),
+        (0, torch.zeros(3, 12)[:, ::2]),
+        (0, x.to("meta")),
+        (0, x.detach().to_sparse()),
+        (0, x.detach().numpy()),
+        (0, lanes.from_plain(x.detach())),
+        (0, leaked[0]),
+        (0, None),
+        (1, values.double()),
+        (1, values.bfloat16()),
+        (1, values[1:]),
+        (1, values[None]),
+        (1, None),
+        (2, bias[1:]),
+        (2, bias.double()),
+        (2, 3.0),
+    ):
+        arguments = [x, values, bias]
+        arguments[i] = wrong
+        assert not C.linear_takes(ix, *arguments)
+
+
+def test_environment(monkeypatch):
+    monkeypatch.setenv("SPARSEBREG_TEST", "ö")
+    assert C.environment("SPARSEBREG_TEST") == "ö"
+    monkeypatch.delenv("SPARSEBREG_TEST")
+    assert C.environment("SPARSEBREG_TEST") is None
+
+
+@pytest.mark.skipif(not _extension.TENSORS, reason="this torch does not hand its tensors to C")
 def test_tensors_without_memory():
     with pytest.raises(TypeError):
         C.gather(ix, lanes.wrap(torch.zeros(1, 6, LANES), 4), np.zeros(linear.nnz, np.float32), 1)
 
 
 def test_only_types_whose_tensors_can_be_read_are_accepted():
-    assert not C.accept_tensors(int)
+    assert not C.accept_tensors(int, int)
     with pytest.raises(TypeError, match="type: expected a type"):
-        C.accept_tensors(3)
+        C.accept_tensors(3, int)
+    with pytest.raises(TypeError, match="parameter: expected a type"):
+        C.accept_tensors(int, 3)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -261,6 +261,20 @@ def test_parameters_with_strides(backend):
     close(sparse_linear(x, sb.SparsePattern.from_mask(mask), values, bias), F.linear(x, weight, bias))
 
 
+def test_transforms_of_functions(backend):
+    weight, mask = sparse_weight((6, 4), 0.5)
+    pattern, values, x = sb.SparsePattern.from_mask(mask), weight[mask], torch.randn(5, 4, dtype=torch.float64)
+    leaked = []
+    torch.func.grad(lambda t: leaked.append(t * 2) or t.sum())(x)
+    close(sparse_linear(leaked[0], pattern, values), F.linear(2 * x, weight))
+    for transform in (
+        torch.func.grad(lambda t: sparse_linear(t, pattern, values).sum()),
+        torch.func.vmap(lambda t: sparse_linear(t[None], pattern, values)),
+    ):
+        with pytest.raises(RuntimeError, match="setup_context"):
+            transform(x)
+
+
 WITHOUT_TENSORS = """
 import torch
 getattr(torch.Tensor, "__dlpack_c_exchange_api__", None) and delattr(torch.Tensor, "__dlpack_c_exchange_api__")

@@ -8,11 +8,11 @@ cause; only the automatic choice falls back, and :func:`why` says so.
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from sparsebreg._extension import environment
 from sparsebreg.backends._protocol import Backend, Geometry, Layout
 from sparsebreg.errors import BackendError, check_choice
 
@@ -48,7 +48,7 @@ def _choice() -> tuple[str | None, str]:
         return name, "use_backend"
     if _default is not None:
         return _default, "set_backend"
-    return os.environ.get("SPARSEBREG_BACKEND") or None, "SPARSEBREG_BACKEND"
+    return environment("SPARSEBREG_BACKEND") or None, "SPARSEBREG_BACKEND"
 
 
 def current() -> Backend:

@@ -572,6 +572,16 @@ py::tuple index_arrays(const NativeIndex& pattern) {
   return py::make_tuple(copy_of(ix.rowptr, ix.rows + 1), copy_of(ix.col, ix.nnz));
 }
 
+// How many rows, and how many channels of `kernel` columns, have no nonzero.
+py::tuple count_empty(const NativeIndex& pattern, int64_t kernel, int threads) {
+  const Index& ix = pattern.index;
+  if (kernel < 1 || ix.cols % kernel != 0)
+    refuse("kernel", "a divisor of " + std::to_string(ix.cols), std::to_string(kernel));
+  int64_t rows = 0;
+  for (int64_t r = 0; r < ix.rows; ++r) rows += ix.rowptr[r] == ix.rowptr[r + 1];
+  return py::make_tuple(rows, count_unmarked(pattern.marks(check_threads(threads)), ix.rows, ix.cols, kernel));
+}
+
 // colptr, row, csc_to_csr.
 py::tuple transposed_arrays(const NativeIndex& pattern, int threads) {
   const Index ix = pattern.transposed(check_threads(threads));
@@ -880,15 +890,16 @@ bool gather_all_values(const NativeIndex& pattern, const Array& dense, const Arr
   return all;
 }
 
-void scatter_values(const NativeIndex& pattern, const Array& values, const Array& dense, int threads) {
+void scatter_values(const NativeIndex& pattern, const Array& values, const Array& dense, bool zero_others,
+                    int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
     const Index& ix = pattern.index;
     const T* v = in<T>("values", values, ix.nnz);
     T* d = out<T>("dense", dense, ix.rows * ix.cols);
-    const int t = team(threads, double(ix.nnz));
+    const int t = team(threads, double(ix.nnz) + (zero_others ? double(ix.rows) * double(ix.cols) / 8 : 0));
     py::gil_scoped_release nogil;
-    scatter<T>(v, ix.rows, ix.cols, ix.rowptr, ix.col, d, t);
+    scatter<T>(v, ix.rows, ix.cols, ix.rowptr, ix.col, d, zero_others, t);
   });
 }
 
@@ -903,6 +914,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<int64_t, int64_t, const Array&, const Array&>())
       .def_static("beyond", &index_beyond)
       .def("arrays", &index_arrays)
+      .def("empty", &count_empty)
       .def("transposed", &transposed_arrays);
   m.def("accept_tensors", &accept_tensors);
   m.def("environment", [](const char* name) { return static_cast<const char*>(std::getenv(name)); });

@@ -37,6 +37,21 @@ void mark_columns(int64_t rows, int64_t cols, const int32_t* rowptr, const int32
   }
 }
 
+int64_t count_unmarked(const uint64_t* bits, int64_t rows, int64_t cols, int64_t width) {
+  const int64_t words = row_words(cols);
+  std::vector<uint64_t> any(size_t(words), 0);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t w = 0; w < words; ++w) any[size_t(w)] |= bits[r * words + w];
+  int64_t marked = 0, last = -1;
+  for (int64_t w = 0; w < words; ++w)
+    for (uint64_t left = any[size_t(w)]; left; left &= left - 1) {
+      const int64_t group = (w * 64 + __builtin_ctzll(left)) / width;
+      marked += group != last;
+      last = group;
+    }
+  return cols / width - marked;
+}
+
 void transpose_index(int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, int32_t* colptr,
                      int32_t* row, int32_t* csc_to_csr, int32_t* csr_to_csc, int threads) {
   const int64_t nnz = rowptr[rows], few = 1 << 14;
@@ -121,15 +136,18 @@ void gather(const T* dense, int64_t rows, int64_t cols, const int32_t* rowptr, c
 
 template <class T>
 void scatter(const T* values, int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, T* dense,
-             int threads) {
+             bool zero_others, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t r = 0; r < rows; ++r)
-    for (int32_t k = rowptr[r]; k < rowptr[r + 1]; ++k) dense[r * cols + col[k]] = values[k];
+  for (int64_t r = 0; r < rows; ++r) {
+    T* row = dense + r * cols;
+    if (zero_others) std::fill(row, row + cols, T(0));
+    for (int32_t k = rowptr[r]; k < rowptr[r + 1]; ++k) row[col[k]] = values[k];
+  }
 }
 
 template void gather(const float*, int64_t, int64_t, const int32_t*, const int32_t*, float*, int);
 template void gather(const double*, int64_t, int64_t, const int32_t*, const int32_t*, double*, int);
-template void scatter(const float*, int64_t, int64_t, const int32_t*, const int32_t*, float*, int);
-template void scatter(const double*, int64_t, int64_t, const int32_t*, const int32_t*, double*, int);
+template void scatter(const float*, int64_t, int64_t, const int32_t*, const int32_t*, float*, bool, int);
+template void scatter(const double*, int64_t, int64_t, const int32_t*, const int32_t*, double*, bool, int);
 
 }  // namespace sparsebreg

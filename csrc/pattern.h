@@ -22,6 +22,9 @@ void fill_columns(const uint64_t* bits, int64_t rows, int64_t cols, const int32_
 // The bits of such columns.
 void mark_columns(int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, uint64_t* bits, int threads);
 
+// How many groups of `width` columns are without a marked place; cols is a multiple of it.
+int64_t count_unmarked(const uint64_t* bits, int64_t rows, int64_t cols, int64_t width);
+
 // The transposed index: colptr (cols + 1), row, csc_to_csr and its inverse (nnz), rows ascending inside each column.
 // O(nnz + cols).
 void transpose_index(int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, int32_t* colptr,
@@ -48,9 +51,9 @@ template <class T>
 void gather(const T* dense, int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, T* values,
             int threads);
 
-// dense[row of k][col[k]] = values[k]; other places keep what they hold.
+// dense[row of k][col[k]] = values[k]; other places keep what they hold, or become zero.
 template <class T>
 void scatter(const T* values, int64_t rows, int64_t cols, const int32_t* rowptr, const int32_t* col, T* dense,
-             int threads);
+             bool zero_others, int threads);
 
 }  // namespace sparsebreg

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import nn
-from torch.profiler import record_function
 
 from sparsebreg import lanes
 from sparsebreg.decide import Decider, Filter, SparsifyConfig
@@ -23,6 +22,7 @@ from sparsebreg.errors import SwapError, expected
 from sparsebreg.nn import SparseLayer, kind, sparse_form, to_plain, to_swapped, unsupported
 from sparsebreg.optim.base import REGULARISED, BregmanOptimizer
 from sparsebreg.pattern import SparsePattern, count_nonzero
+from sparsebreg.profiling import labelled
 from sparsebreg.regularizers import NoReg
 
 
@@ -179,7 +179,7 @@ def _check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
             raise ValueError(expected(f"masks['{name}']", "zero weights outside of it", f"{outside} others"))
 
 
-@record_function("sparsebreg::plan")
+@labelled("plan")
 def plan_freeze(
     model: nn.Module,
     decider: Decider,
@@ -266,7 +266,7 @@ def report_of(model: nn.Module, patterns: Mapping[str, SparsePattern], masks: Ma
     return SwapReport(layers)
 
 
-@record_function("sparsebreg::freeze")
+@labelled("freeze")
 def carry_out(
     model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None, *, keep_grads: bool = True
 ) -> None:
@@ -359,7 +359,7 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     )
 
 
-@record_function("sparsebreg::thaw")
+@labelled("thaw")
 def thaw(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, keep_grads: bool = True) -> None:
     """densify_ without its checks."""
     places = _Places(model)

@@ -8,6 +8,7 @@ pixel of a convolution. The package brings a, b, c of one machine; :func:`calibr
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -273,6 +274,7 @@ def _folder() -> Path | None:
     return None
 
 
+@functools.cache
 def _cpu() -> str:
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

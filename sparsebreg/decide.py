@@ -117,7 +117,7 @@ class Decider:
 
     def __init__(self, config: SparsifyConfig) -> None:
         self.config = config
-        self.costs, _ = costs.current()
+        self.costs = costs.current()[0] if config.decide == "auto" else costs.SHIPPED
         self.inputs: dict[str, Input] | None = None
         self.measured: dict[str, tuple[float, float]] = {}
         self._lanes = self._channels_last = False

@@ -197,15 +197,21 @@ class SparsePattern:
     @property
     def empty_rows(self) -> int:
         """Rows without an active weight: output features or channels that could be left out."""
-        return int((self.rowptr.diff() == 0).sum())
+        return self.cached("empty", self._count_empty)[0]
 
     @property
     def empty_channels(self) -> int:
         """Input features or channels (within the group) without an active weight."""
+        return self.cached("empty", self._count_empty)[1]
+
+    def _count_empty(self) -> tuple[int, int]:
         channels = self.shape[1]
+        if self.cols and native() is not None:
+            return self.native_index().empty(self.cols // channels, torch.get_num_threads())
         used = np.zeros(self.cols, dtype=bool)
         used[self.col.numpy()] = True
-        return channels - int(used.reshape(channels, -1).any(axis=1).sum()) if self.cols else channels
+        full = int(used.reshape(channels, -1).any(axis=1).sum()) if self.cols else 0
+        return int((self.rowptr.diff() == 0).sum()), channels - full
 
     def cached(self, key: Any, make: Any) -> Any:
         """What ``make()`` returned for this key; backends keep what they derive from the pattern here."""
@@ -286,8 +292,9 @@ class SparsePattern:
         if tuple(values.shape) != (self.nnz,):
             raise ValueError(expected("values", f"shape ({self.nnz},)", tuple(values.shape)))
         values = values.detach().contiguous()
-        if out is None:
-            out = memory.empty(self.shape, values.dtype).zero_()
+        anew = out is None
+        if anew:
+            out = memory.empty(self.shape, values.dtype)
         elif tuple(out.shape) != self.shape or not out.is_contiguous() or out.dtype is not values.dtype:
             raise ValueError(
                 expected(
@@ -297,8 +304,10 @@ class SparsePattern:
                 )
             )
         if (C := native()) is not None and values.dtype in (torch.float32, torch.float64):
-            C.scatter(self.native_index(), values.numpy(), out.detach().numpy(), torch.get_num_threads())
+            C.scatter(self.native_index(), values.numpy(), out.detach().numpy(), anew, torch.get_num_threads())
         else:
+            if anew:
+                out.zero_()
             out.detach().view(-1)[self.flat_index()] = values
         return out
 

@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 def labelled(name: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
-    """Decorates a function of positional arguments: while a profiler runs, calls are recorded as ``sparsebreg::name``.
+    """Decorates a function: while a profiler runs, its calls are recorded as ``sparsebreg::name``.
 
     ``torch.profiler.record_function`` alone costs several µs even when nobody records; this check a fraction of one.
     """
@@ -20,11 +20,11 @@ def labelled(name: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
 
     def decorate(function: Callable[..., R]) -> Callable[..., R]:
         @functools.wraps(function)
-        def call(*args):
+        def call(*args, **kwargs):
             if profiler._is_profiler_enabled:
                 with profiler.record_function(label):
-                    return function(*args)
-            return function(*args)
+                    return function(*args, **kwargs)
+            return function(*args, **kwargs)
 
         return call
 

@@ -225,7 +225,7 @@ CALLS = {
         {"values"},
     ),
     "scatter": (
-        lambda a, t: C.scatter(ix, a["values"], a["dense"], t),
+        lambda a, t: C.scatter(ix, a["values"], a["dense"], False, t),
         arrays(values=linear.nnz, dense=(4, 6)),
         {"dense"},
     ),
@@ -423,6 +423,9 @@ one, none = np.zeros(1, np.float32), np.zeros(0, np.float32)
         (lambda: C.Index(1, 2**31, np.zeros(2, "i4"), np.zeros(0, "i4")), "shape: expected sizes from 0"),
         (lambda: C.Index(1, 3, np.zeros(3, "i4"), np.zeros(0, "i4")), "rowptr: expected 2 elements"),
         (lambda: ix.transposed(0), "threads: expected at least 1, got 0"),
+        (lambda: ix.empty(1, 0), "threads: expected at least 1, got 0"),
+        (lambda: ix.empty(4, 1), "kernel: expected a divisor of 6, got 4"),
+        (lambda: ix.empty(0, 1), "kernel: expected a divisor of 6, got 0"),
         (lambda: C.Index.beyond(np.zeros(4, "f4"), 0, 4, 1), "dense: expected two dimensions, got 1"),
         (lambda: C.Index.beyond(np.zeros((2**31, 0), "f4"), 0, 0, 1), "dense: expected sizes from 0"),
         (lambda: C.Index.beyond(np.zeros((4, 4), "f4").T[:2], 0, 9, 1), "dense: expected a C-contiguous array"),

@@ -289,3 +289,15 @@ class TestNativeChecks:
     def test_refuses_index(self, name, value):
         with pytest.raises(ValueError, match="expected"):
             _extension.native().Index(2, 3, *self.arrays(**{name: np.array(value, dtype=np.int32)}))
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("shape", [(40, 200), (7, 65), (5, 30, 3, 3), (3, 70, 1, 1)])
+def test_what_is_empty(shape, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr("sparsebreg.pattern.native", lambda: None)
+    mask = torch.rand(shape) < 0.03
+    mask[1], mask[:, -1] = False, False
+    pattern = sb.SparsePattern.from_mask(mask)
+    assert pattern.empty_rows == int((~mask.flatten(1).any(1)).sum()) > 0
+    assert pattern.empty_channels == int((~mask.transpose(0, 1).flatten(1).any(1)).sum()) > 0

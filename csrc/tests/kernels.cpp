@@ -916,8 +916,12 @@ void test_crossings(const Pattern& p, int threads) {
     if (p.at[i] >= 0) gathered[size_t(p.at[i])] = other[i], scattered[i] = p.values[size_t(p.at[i])];
   gather(whole.data(), rows, cols, p.rowptr.data(), p.col.data(), values.data(), threads);
   same("gather", Doubles(values.begin(), values.end()), gathered);
-  scatter(given.data(), rows, cols, p.rowptr.data(), p.col.data(), whole.data(), threads);
+  scatter(given.data(), rows, cols, p.rowptr.data(), p.col.data(), whole.data(), false, threads);
   same("scatter", Doubles(whole.begin(), whole.end()), scattered);
+  for (size_t i = 0; i < p.at.size(); ++i)
+    if (p.at[i] < 0) scattered[i] = 0;
+  scatter(given.data(), rows, cols, p.rowptr.data(), p.col.data(), whole.data(), true, threads);
+  same("scatter among zeros", Doubles(whole.begin(), whole.end()), scattered);
 }
 
 void test_pattern() {

@@ -22,6 +22,9 @@ SB_INLINE int32_t first_from(const int32_t* col, int32_t k, int32_t end, int64_t
   return k;
 }
 
+// From so many elements on less than a vector is taken as one, not element by element.
+constexpr int64_t TAIL = CAN_MASK ? 3 : INT64_MAX;
+
 // dst[p*dst_step + lane] = src[lane*image + p] for p < len, lane < images; the other lanes are zero.
 template <class T>
 void pack_rows(const T* src, ptrdiff_t image, int images, int64_t len, T* dst, ptrdiff_t dst_step) {
@@ -39,6 +42,14 @@ void pack_rows(const T* src, ptrdiff_t image, int images, int64_t len, T* dst, p
       }
       transpose<T>(a);
       for (int i = 0; i < n; ++i) store(dst + (p + i) * dst_step + part, a[i]);
+    }
+    if (len - p >= TAIL) {
+      const int rest = int(len - p);
+      V<T> a[n];
+      for (int i = 0; i < n; ++i) a[i] = i < live ? load_first(s + i * image + p, rest) : zero<T>();
+      transpose<T>(a);
+      for (int i = 0; i < rest; ++i) store(dst + (p + i) * dst_step + part, a[i]);
+      continue;
     }
     for (; p < len; ++p)
       for (int i = 0; i < n; ++i) dst[p * dst_step + part + i] = i < live ? s[i * image + p] : T(0);
@@ -78,6 +89,14 @@ void unpack_rows(const T* src, ptrdiff_t src_step, int64_t len, T* dst, ptrdiff_
       for (int i = 0; i < n; ++i) a[i] = load(src + (p + i) * src_step + part);
       transpose<T>(a);
       for (int i = 0; i < live; ++i) store(d + i * image + p, a[i]);
+    }
+    if (len - p >= TAIL) {
+      const int rest = int(len - p);
+      V<T> a[n];
+      for (int i = 0; i < n; ++i) a[i] = i < rest ? load(src + (p + i) * src_step + part) : zero<T>();
+      transpose<T>(a);
+      for (int i = 0; i < live; ++i) store_first(d + i * image + p, a[i], rest);
+      continue;
     }
     for (; p < len; ++p)
       for (int i = 0; i < live; ++i) d[i * image + p] = src[p * src_step + part + i];

@@ -36,6 +36,47 @@ SB_INLINE void store(T* p, V<T> v) {
   *reinterpret_cast<typename Vec<T>::loose*>(p) = v;
 }
 
+// The first `count` elements, between 1 and n; the other lanes are zero, and the memory behind is not touched.
+#if defined(__x86_64__) && SB_VECTOR_BYTES == 64
+constexpr bool CAN_MASK = true;
+SB_INLINE V<float> load_first(const float* p, int count) {
+  return _mm512_maskz_loadu_ps(uint16_t(0xffff >> (16 - count)), p);
+}
+SB_INLINE V<double> load_first(const double* p, int count) {
+  return _mm512_maskz_loadu_pd(uint8_t(0xff >> (8 - count)), p);
+}
+SB_INLINE void store_first(float* p, V<float> v, int count) {
+  _mm512_mask_storeu_ps(p, uint16_t(0xffff >> (16 - count)), v);
+}
+SB_INLINE void store_first(double* p, V<double> v, int count) {
+  _mm512_mask_storeu_pd(p, uint8_t(0xff >> (8 - count)), v);
+}
+#elif defined(__x86_64__) && SB_VECTOR_BYTES == 32
+constexpr bool CAN_MASK = true;
+SB_INLINE __m256i first_lanes(const float*, int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+SB_INLINE __m256i first_lanes(const double*, int count) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+SB_INLINE V<float> load_first(const float* p, int count) { return _mm256_maskload_ps(p, first_lanes(p, count)); }
+SB_INLINE V<double> load_first(const double* p, int count) { return _mm256_maskload_pd(p, first_lanes(p, count)); }
+SB_INLINE void store_first(float* p, V<float> v, int count) { _mm256_maskstore_ps(p, first_lanes(p, count), v); }
+SB_INLINE void store_first(double* p, V<double> v, int count) { _mm256_maskstore_pd(p, first_lanes(p, count), v); }
+#else
+constexpr bool CAN_MASK = false;
+template <class T>
+SB_INLINE V<T> load_first(const T* p, int count) {
+  V<T> v{};
+  for (int i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
+template <class T>
+SB_INLINE void store_first(T* p, V<T> v, int count) {
+  for (int i = 0; i < count; ++i) p[i] = v[i];
+}
+#endif
+
 // Stores past the caches: what is not read again soon needs neither to be fetched before it is overwritten nor a place
 // in the cache. A line that is two registers is to be written in two stores, one right after the other: half a line on
 // its way to memory is slower than no such store. p is aligned to the register.

@@ -194,6 +194,15 @@ def _pad_to(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def _array(x: torch.Tensor) -> np.ndarray:
+    return x.detach().resolve_neg().numpy()
+
+
+def _flat(x: np.ndarray, first: int) -> np.ndarray:
+    """The sizes from ``first`` on in one."""
+    return x.reshape(*x.shape[:first], math.prod(x.shape[first:]))
+
+
 class NumbaBackend:
     name = "numba"
     lanes = False
@@ -211,65 +220,64 @@ class NumbaBackend:
             torch.set_num_threads(wanted)
         return used
 
-    def _scratch(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    def _scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
         """Working memory that is kept: new pages would take longer than what is done with them."""
         size = math.prod(shape)
-        kept = self._kept.__dict__.get((name, like.dtype))
+        kept = self._kept.__dict__.get((name, dtype))
         if kept is None or len(kept) < size:
-            kept = self._kept.__dict__[name, like.dtype] = memory.empty((size,), like.dtype)
-        return kept[:size].view(shape)
+            kept = self._kept.__dict__[name, dtype] = memory.empty_array((size,), dtype)
+        return kept[:size].reshape(shape)
 
-    def _ordered(self, values: torch.Tensor, order) -> torch.Tensor:
-        out = self._scratch("values", (len(order),), values)
-        self._threads()
-        self._take(values.detach().numpy(), order, out.numpy())
+    def _ordered(self, values: torch.Tensor, order) -> np.ndarray:
+        out = self._scratch("values", (len(order),), values.dtype)
+        self._take(_array(values), order, out)
         return out
 
-    def _turned(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def _turned(self, x: torch.Tensor, name: str) -> np.ndarray:
         """(N, features) to (features, N and some more)."""
-        dst = self._scratch(name, (x.shape[1], _pad_to(len(x), LANES)), x)
-        self._threads()
-        self._turn(x.detach().resolve_neg().numpy(), dst.numpy())
+        dst = self._scratch(name, (x.shape[1], _pad_to(len(x), LANES)), x.dtype)
+        self._turn(_array(x), dst)
         return dst
 
-    def _turned_back(self, x: torch.Tensor, n: int) -> torch.Tensor:
-        y = memory.empty((n, len(x)), x.dtype)
-        self._threads()
-        self._turn(x[:, :n].numpy(), y.numpy())
+    def _turned_back(self, x: np.ndarray, n: int, dtype: torch.dtype) -> torch.Tensor:
+        y = memory.empty((n, len(x)), dtype)
+        self._turn(x[:, :n], y.numpy())
         return y
 
     def _run_gather(self, src, offset, value, ptr, bias, length, dst):
         """src (images, numbers of an image), dst (images, channels, numbers of a plane); see ``gather``."""
-        if dst.numel():
+        if dst.size:
             images, channels = dst.shape[:2]
-            bias = src.new_zeros(channels) if bias is None else bias.detach()
+            bias = np.zeros(channels, dst.dtype) if bias is None else _array(bias)
             tasks = images * -(-length // TILE)
-            parts = max(1, min(channels, -(-4 * self._threads() // tasks)))
-            self._gather(
-                src.numpy(), offset, value.detach().numpy(), ptr, bias.numpy(), length, parts, dst.numpy()
-            )  # fmt: skip
+            parts = max(1, min(channels, -(-4 * self.numba.get_num_threads() // tasks)))
+            self._gather(src, offset, value, ptr, bias, length, parts, dst)
 
-    def _run_correlate(self, src, offset, ptr, grad, start, length, nnz):
+    def _run_correlate(self, src, offset, ptr, grad, start, length, values: torch.Tensor) -> torch.Tensor:
         """The gradients of the values; grad (images, channels, numbers of a plane); see ``correlate``."""
-        grad_values = src.new_zeros(nnz)
-        if grad.numel() and nnz:
-            parts = max(1, min(grad.shape[1], 4 * self._threads()))
-            self._correlate(src.numpy(), offset, ptr, grad.numpy(), start, length, parts, grad_values.numpy())
+        if not grad.size:
+            return torch.zeros_like(values)
+        grad_values = memory.empty(values.shape, values.dtype)
+        if len(values):
+            parts = max(1, min(grad.shape[1], 4 * self.numba.get_num_threads()))
+            self._correlate(src, offset, ptr, grad, start, length, parts, grad_values.numpy())
         return grad_values
 
-    def _to_lanes(self, x: torch.Tensor, name: str, shift: tuple[int, int], phases: tuple[int, int], size):
+    def _to_lanes(
+        self, x: torch.Tensor, name: str, shift: tuple[int, int], phases: tuple[int, int], size
+    ) -> np.ndarray:
         """(N, C, H, W) to (N / 16, C, *phases, *size, 16); see ``pack``."""
-        dst = self._scratch(name, (-(-x.shape[0] // LANES), x.shape[1], *phases, *size, LANES), x)
-        if dst.numel():
-            self._threads()
-            self._pack(x.detach().resolve_neg().numpy(), *shift, dst.numpy())
+        dst = self._scratch(name, (-(-x.shape[0] // LANES), x.shape[1], *phases, *size, LANES), x.dtype)
+        if dst.size:
+            self._pack(_array(x), *shift, dst)
         return dst
 
-    def _from_lanes(self, src: torch.Tensor, shape, memory_format: torch.memory_format) -> torch.Tensor:
-        y = memory.empty(tuple(shape), src.dtype, memory_format)
+    def _from_lanes(
+        self, src: np.ndarray, shape, dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> torch.Tensor:
+        y = memory.empty(tuple(shape), dtype, memory_format)
         if y.numel():
-            self._threads()
-            self._unpack(src.numpy(), y.numpy())
+            self._unpack(src, y.numpy())
         return y
 
     # Linear: [features][samples], one image of one row.
@@ -284,26 +292,28 @@ class NumbaBackend:
         return pattern.cached(("numba linear", width), make)
 
     def linear_forward(self, pattern, x, values, bias):
+        self._threads()
         src = self._turned(x, "source")
         width = src.shape[1]
-        y = self._scratch("dest", (1, pattern.rows, width), src)
+        y = self._scratch("dest", (1, pattern.rows, width), x.dtype)
         offset = self._linear_plan(pattern, width)[0]
-        self._run_gather(src.view(1, -1), offset, values, pattern.rowptr.numpy(), bias, width, y)
-        return self._turned_back(y[0], len(x))
+        self._run_gather(src.reshape(1, -1), offset, _array(values), pattern.rowptr.numpy(), bias, width, y)
+        return self._turned_back(y[0], len(x), x.dtype)
 
     def linear_backward(self, pattern, grad_y, x, values, needs):
+        self._threads()
         grad = self._turned(grad_y, "grad")
         width = grad.shape[1]
         offset, back_offset, order = self._linear_plan(pattern, width)
         grad_x = grad_values = None
         if needs[0]:
-            g = self._scratch("dest", (1, pattern.cols, width), grad)
+            g = self._scratch("dest", (1, pattern.cols, width), grad_y.dtype)
             ordered, ptr = self._ordered(values, order), pattern.colptr.numpy()
-            self._run_gather(grad.view(1, -1), back_offset, ordered, ptr, None, width, g)
-            grad_x = self._turned_back(g[0], len(grad_y))
+            self._run_gather(grad.reshape(1, -1), back_offset, ordered, ptr, None, width, g)
+            grad_x = self._turned_back(g[0], len(grad_y), grad_y.dtype)
         if needs[1]:
-            src, grad = self._turned(x, "source").view(1, -1), grad.view(1, pattern.rows, width)
-            grad_values = self._run_correlate(src, offset, pattern.rowptr.numpy(), grad, 0, width, pattern.nnz)
+            src, grad = self._turned(x, "source").reshape(1, -1), grad.reshape(1, pattern.rows, width)
+            grad_values = self._run_correlate(src, offset, pattern.rowptr.numpy(), grad, 0, width, values)
         return grad_x, grad_values, grad_y.sum(0) if needs[2] else None
 
     # Conv2d.
@@ -336,12 +346,13 @@ class NumbaBackend:
         return None
 
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):
+        self._threads()
         offset, (rows, cols), (oh, ow) = self._plan(pattern, geometry, x.shape)
         src = self._to_lanes(x, "source", geometry.padding, geometry.stride, (rows, cols))
-        y = self._scratch("dest", (len(src), pattern.rows, 1, 1, oh, cols, LANES), src)
+        y = self._scratch("dest", (len(src), pattern.rows, 1, 1, oh, cols, LANES), x.dtype)
         length = ((oh - 1) * cols + ow) * LANES
-        self._run_gather(src.flatten(1), offset, values, pattern.rowptr.numpy(), bias, length, y.flatten(2))
-        return self._from_lanes(y, (len(x), pattern.rows, oh, ow), FORMATS[layout])
+        self._run_gather(_flat(src, 1), offset, _array(values), pattern.rowptr.numpy(), bias, length, _flat(y, 2))
+        return self._from_lanes(y, (len(x), pattern.rows, oh, ow), x.dtype, FORMATS[layout])
 
     def _backward_plan(self, pattern, geometry: Geometry, x_shape):
         """The nonzeros sorted by (input channel, phase of the destination), and their offsets in grad_y.
@@ -371,6 +382,7 @@ class NumbaBackend:
         return order, ptr, offset, (-ymin, -xmin), (rows, cols), (jh, jw)
 
     def conv2d_backward(self, pattern, grad_y, x, values, geometry, x_shape, needs):
+        self._threads()
         grad_x = grad_values = packed = None
         if needs[0]:
             order, ptr, offset, shift, (rows, cols), (jh, jw) = pattern.cached(
@@ -379,13 +391,13 @@ class NumbaBackend:
             src = self._to_lanes(grad_y, "grad", shift, (1, 1), (rows, cols))
             packed, room, start = src, (rows, cols), (shift[0] * cols + shift[1]) * LANES
             channels, phases = x_shape[1], geometry.stride
-            g = self._scratch("dest", (len(src), channels, *phases, jh, cols, LANES), src)
+            g = self._scratch("dest", (len(src), channels, *phases, jh, cols, LANES), grad_y.dtype)
             length = ((jh - 1) * cols + jw) * LANES
-            self._run_gather(
-                src.flatten(1), offset, self._ordered(values, order), ptr, None, length, g.flatten(1, 3).flatten(2)
-            )
+            planes = g.reshape(len(src), channels * math.prod(phases), jh * cols * LANES)
+            self._run_gather(_flat(src, 1), offset, self._ordered(values, order), ptr, None, length, planes)
             plain = grad_y.is_contiguous()
-            grad_x = self._from_lanes(g, x_shape, torch.contiguous_format if plain else torch.channels_last)
+            memory_format = torch.contiguous_format if plain else torch.channels_last
+            grad_x = self._from_lanes(g, x_shape, grad_y.dtype, memory_format)
         if needs[1]:
             offset, (rows, cols), (oh, ow) = self._plan(pattern, geometry, x_shape)
             src = self._to_lanes(x, "source", geometry.padding, geometry.stride, (rows, cols))
@@ -396,7 +408,7 @@ class NumbaBackend:
                 packed, start = self._to_lanes(grad_y, "grad", (0, 0), (1, 1), (oh, cols)), 0
             length = ((oh - 1) * cols + ow) * LANES
             grad_values = self._run_correlate(
-                src.flatten(1), offset, pattern.rowptr.numpy(), packed.flatten(2), start, length, pattern.nnz
+                _flat(src, 1), offset, pattern.rowptr.numpy(), _flat(packed, 2), start, length, values
             )
         return grad_x, grad_values, grad_y.sum((0, 2, 3)) if needs[2] else None
 

@@ -56,6 +56,11 @@ def _plain(x: torch.Tensor) -> torch.Tensor:
     return x.plain if isinstance(x, LaneTensor) else x
 
 
+def _readable(x: torch.Tensor, backend: backends.Backend) -> torch.Tensor:
+    """x, unpacked where the backend does not compute on the lane layout."""
+    return x if backend.lanes else _plain(x)
+
+
 # ``weight``, where it is given, is the dense weight that ``values`` were gathered from: it gets a full gradient.
 
 
@@ -64,7 +69,7 @@ class _Linear(torch.autograd.Function):
     @labelled("linear")
     def forward(ctx: Any, x, values, bias, weight, pattern, backend):
         ctx.pattern, ctx.backend = pattern, backend
-        x = x if backend.lanes else _plain(x)
+        x = _readable(x, backend)
         _, needs_values, _, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_values or needs_weight else None, values)
         _count(backend, 1, pattern, x.shape[0])
@@ -75,7 +80,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_y):
         x, values = ctx.saved_tensors
         *needs, needs_weight = ctx.needs_input_grad[:4]
-        grad_y = (grad_y if ctx.backend.lanes else _plain(grad_y)).contiguous()
+        grad_y = _readable(grad_y, ctx.backend).contiguous()
         _count(ctx.backend, needs[0] + needs[1], ctx.pattern, grad_y.shape[0])
         grads = ctx.backend.linear_backward(ctx.pattern, grad_y, x, values, needs)
         grad_weight = _full_linear_gradient(_plain(grad_y), _plain(x), ctx.backend) if needs_weight else None
@@ -87,7 +92,7 @@ class _Conv2d(torch.autograd.Function):
     @labelled("conv2d")
     def forward(ctx: Any, x, values, bias, weight, pattern, geometry, layout, training, backend):
         ctx.pattern, ctx.geometry, ctx.backend, ctx.x_shape = pattern, geometry, backend, x.shape
-        x = x if backend.lanes else _plain(x)
+        x = _readable(x, backend)
         _, needs_values, _, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_values or needs_weight else None, values)
         y = backend.conv2d_forward(pattern, x, values, bias, geometry, layout, training)
@@ -100,7 +105,7 @@ class _Conv2d(torch.autograd.Function):
         x, values = ctx.saved_tensors
         *needs, needs_weight = ctx.needs_input_grad[:4]
         pattern, geometry = ctx.pattern, ctx.geometry
-        grad_y = _dense_format(grad_y if ctx.backend.lanes else _plain(grad_y))
+        grad_y = _dense_format(_readable(grad_y, ctx.backend))
         _count(ctx.backend, needs[0] + needs[1], pattern, math.prod((len(grad_y), *grad_y.shape[2:])))
         if not needs_weight:
             return *ctx.backend.conv2d_backward(pattern, grad_y, x, values, geometry, ctx.x_shape, needs), *[None] * 6
@@ -216,7 +221,7 @@ def sparse_linear(
     Raises:
         TypeError, ValueError: naming the argument, for a wrong dtype, device, layout or shape.
     """
-    if _usual(x, pattern, values, bias) and weight is None:
+    if weight is None and _usual(x, pattern, values, bias):
         return _apply_linear(x, values, bias, None, pattern, backends.current())
     _check_parameters(values, bias, weight, pattern)
     check_input("x", x, values.dtype)

@@ -211,14 +211,13 @@ class NumbaBackend:
         self.numba, self._pack, self._unpack, self._turn, self._take, self._gather, self._correlate = _compile()
         self._kept = threading.local()
 
-    def _threads(self) -> int:
+    def _use_threads(self) -> None:
+        """As many as torch uses, at the beginning of a pass."""
         # Starting Numba's pool may change the thread count of the OpenMP runtime that torch uses: put it back.
         wanted = torch.get_num_threads()
-        used = max(1, min(wanted, self.numba.config.NUMBA_NUM_THREADS))
-        self.numba.set_num_threads(used)
+        self.numba.set_num_threads(max(1, min(wanted, self.numba.config.NUMBA_NUM_THREADS)))
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
-        return used
 
     def _scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
         """Working memory that is kept: new pages would take longer than what is done with them."""
@@ -292,7 +291,7 @@ class NumbaBackend:
         return pattern.cached(("numba linear", width), make)
 
     def linear_forward(self, pattern, x, values, bias):
-        self._threads()
+        self._use_threads()
         src = self._turned(x, "source")
         width = src.shape[1]
         y = self._scratch("dest", (1, pattern.rows, width), x.dtype)
@@ -301,7 +300,7 @@ class NumbaBackend:
         return self._turned_back(y[0], len(x), x.dtype)
 
     def linear_backward(self, pattern, grad_y, x, values, needs):
-        self._threads()
+        self._use_threads()
         grad = self._turned(grad_y, "grad")
         width = grad.shape[1]
         offset, back_offset, order = self._linear_plan(pattern, width)
@@ -346,7 +345,7 @@ class NumbaBackend:
         return None
 
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):
-        self._threads()
+        self._use_threads()
         offset, (rows, cols), (oh, ow) = self._plan(pattern, geometry, x.shape)
         src = self._to_lanes(x, "source", geometry.padding, geometry.stride, (rows, cols))
         y = self._scratch("dest", (len(src), pattern.rows, 1, 1, oh, cols, LANES), x.dtype)
@@ -382,7 +381,7 @@ class NumbaBackend:
         return order, ptr, offset, (-ymin, -xmin), (rows, cols), (jh, jw)
 
     def conv2d_backward(self, pattern, grad_y, x, values, geometry, x_shape, needs):
-        self._threads()
+        self._use_threads()
         grad_x = grad_values = packed = None
         if needs[0]:
             order, ptr, offset, shift, (rows, cols), (jh, jw) = pattern.cached(

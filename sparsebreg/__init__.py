@@ -3,19 +3,19 @@
 from sparsebreg import flops, memory, models, nn
 from sparsebreg._info import Info, info
 from sparsebreg._version import __version__
-from sparsebreg.adaptive import LambdaScheduler
 from sparsebreg.backends import set_backend, use_backend
-from sparsebreg.convert import SwapReport, densify_, sparsify_
-from sparsebreg.costs import calibrate
-from sparsebreg.decide import SparsifyConfig
-from sparsebreg.dynamic import SET, GradualPruning, Prune, RigL
-from sparsebreg.errors import BackendError, DataError, SparsebregError, SwapError
-from sparsebreg.initialize import erk_densities, sparse_init_, uniform_densities
-from sparsebreg.multilevel import Multilevel
+from sparsebreg.core.errors import BackendError, DataError, SparsebregError, SwapError
+from sparsebreg.core.pattern import SparsePattern
 from sparsebreg.optim import AdaBreg, LinBreg, ProxSGD, param_groups
-from sparsebreg.pattern import SparsePattern
-from sparsebreg.regularizers import L1, GroupL2, L1GroupL2, L1NonNegative, NoReg, NuclearNorm
-from sparsebreg.schedules import Level, LinearCoarse, PlateauCoarse
+from sparsebreg.optim.initialize import erk_densities, sparse_init_, uniform_densities
+from sparsebreg.optim.regularizers import L1, GroupL2, L1GroupL2, L1NonNegative, NoReg, NuclearNorm
+from sparsebreg.swap.convert import SwapReport, densify_, sparsify_
+from sparsebreg.swap.costs import calibrate
+from sparsebreg.swap.decide import SparsifyConfig
+from sparsebreg.training.adaptive import LambdaScheduler
+from sparsebreg.training.dynamic import SET, GradualPruning, Prune, RigL
+from sparsebreg.training.multilevel import Multilevel
+from sparsebreg.training.schedules import Level, LinearCoarse, PlateauCoarse
 
 __all__ = [
     "L1",

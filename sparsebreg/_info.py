@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_info
 
-from sparsebreg import _extension, backends, costs
+from sparsebreg import backends
 from sparsebreg._version import __version__
+from sparsebreg.core import extension
+from sparsebreg.swap import costs
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def info() -> Info:
     Raises:
         BackendError, ValueError: if the backend asked for by name cannot be used.
     """
-    native = _extension.native()
+    native = extension.native()
     backend = backends.current()
     runtimes = [
         f"{m['prefix']} ({m['num_threads']} threads)" for m in threadpool_info() if m.get("user_api") == "openmp"

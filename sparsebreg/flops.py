@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from sparsebreg import functional  # noqa: F401  defines the operation that is counted
-from sparsebreg.convert import dense_copy, iter_weights
-from sparsebreg.errors import check_choice, check_int, expected
+from sparsebreg.core.errors import check_choice, check_int, expected
+from sparsebreg.ops import functional  # noqa: F401  defines the operation that is counted
+from sparsebreg.swap.convert import dense_copy, iter_weights
 
 
 @register_flop_formula(torch.ops.sparsebreg.count_flops)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sparsebreg.errors import check_int, expected
+from sparsebreg.core.errors import check_int, expected
 
 __all__ = ["convnet", "mlp", "resnet18", "vgg16", "wide_resnet28_10"]
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import sparsebreg as sb
-from sparsebreg import _extension, backends
+from sparsebreg.core import extension
+from sparsebreg import backends
 
 os.environ["SPARSEBREG_CACHE"] = ""  # what becomes sparse depends on no machine
 
 BACKENDS = [name for name, cause in backends.available().items() if not cause]
-ISAS = _extension.native().available_isas() if _extension.native() else []
+ISAS = extension.native().available_isas() if extension.native() else []
 
 #: Every way to compute: (backend, instruction set).
 ENGINES = [(b, isa) for b in BACKENDS for isa in (ISAS if b == "native" else [""])]
@@ -34,19 +35,19 @@ def backend(request):
 def engine(request):
     """Computes on one backend and, for native, one instruction set."""
     name, isa = request.param
-    before = _extension.native().isa() if isa else ""
+    before = extension.native().isa() if isa else ""
     if isa:
-        _extension.native().select_isa(isa)
+        extension.native().select_isa(isa)
     with sb.use_backend(name):
         yield request.param
     if isa:
-        _extension.native().select_isa(before)
+        extension.native().select_isa(before)
 
 
 @pytest.fixture
 def on_native():
     """For what only the native backend does, whichever the tests run on."""
-    if _extension.native() is None:
+    if extension.native() is None:
         pytest.skip("needs the native extension")
     with sb.use_backend("native"):
         yield

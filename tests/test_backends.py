@@ -9,8 +9,9 @@ import torch
 from conftest import BACKENDS, ISAS
 
 import sparsebreg as sb
-from sparsebreg import _extension, backends
-from sparsebreg.errors import BackendError
+from sparsebreg.core import extension
+from sparsebreg import backends
+from sparsebreg.core.errors import BackendError
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +95,7 @@ class TestIsa:
 
     def test_unknown(self):
         with pytest.raises(ValueError, match="SPARSEBREG_ISA: expected one of .*serial on this CPU, got 'sse9'"):
-            _extension.native().select_isa("sse9")
+            extension.native().select_isa("sse9")
 
     @pytest.mark.parametrize("isa", ISAS)
     def test_environment(self, isa):

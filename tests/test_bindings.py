@@ -5,9 +5,10 @@ import pytest
 import torch
 from numpy.lib.stride_tricks import as_strided
 
-from sparsebreg import SparsePattern, _extension, lanes
+from sparsebreg import SparsePattern, lanes
+from sparsebreg.core import extension
 
-if (C := _extension.native()) is None:
+if (C := extension.native()) is None:
     pytest.skip("needs the extension", allow_module_level=True)
 
 LANES = 16
@@ -287,7 +288,7 @@ def test_arrays(name, array):
         call({**valid, array: frozen}, 1)
 
 
-@pytest.mark.skipif(not _extension.TENSORS, reason="this torch does not hand its tensors to C")
+@pytest.mark.skipif(not extension.TENSORS, reason="this torch does not hand its tensors to C")
 @pytest.mark.parametrize(("name", "array"), EACH)
 def test_tensors(name, array):
     call, valid, written = CALLS[name]
@@ -330,7 +331,7 @@ def test_no_array(wrong):
         C.gather(ix, wrong, np.zeros(linear.nnz, np.float32), 1)
 
 
-@pytest.mark.skipif(not _extension.TENSORS, reason="this torch does not hand its tensors to C")
+@pytest.mark.skipif(not extension.TENSORS, reason="this torch does not hand its tensors to C")
 def test_what_the_linear_kernel_takes():
     x, values, bias = torch.zeros(3, 6), torch.zeros(linear.nnz), torch.zeros(4)
     parameters = torch.nn.Parameter(values), torch.nn.Parameter(bias)
@@ -377,7 +378,7 @@ def test_environment(monkeypatch):
     assert C.environment("SPARSEBREG_TEST") is None
 
 
-@pytest.mark.skipif(not _extension.TENSORS, reason="this torch does not hand its tensors to C")
+@pytest.mark.skipif(not extension.TENSORS, reason="this torch does not hand its tensors to C")
 def test_tensors_without_memory():
     with pytest.raises(TypeError):
         C.gather(ix, lanes.wrap(torch.zeros(1, 6, LANES), 4), np.zeros(linear.nnz, np.float32), 1)

@@ -16,7 +16,7 @@ import torch
 from test_data import write
 
 import sparsebreg as sb
-from sparsebreg.convert import iter_weights
+from sparsebreg.swap.convert import iter_weights
 from sparsebreg.experiments import cli, data, methods, train
 from sparsebreg.experiments.compare import plan
 from sparsebreg.experiments.config import Config, read_toml

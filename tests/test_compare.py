@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from test_resume import TIMES, sparsebreg, wait_for
 
-from sparsebreg.errors import RunError
+from sparsebreg.core.errors import RunError
 from sparsebreg.experiments import cli, compare, progress, report
 from sparsebreg.experiments.config import Config, read_toml
 from sparsebreg.experiments.train import train

@@ -9,7 +9,7 @@ from conftest import close, sparse_weight
 from torch import nn
 
 import sparsebreg as sb
-from sparsebreg.errors import SwapError
+from sparsebreg.core.errors import SwapError
 
 ALWAYS = sb.SparsifyConfig(decide="always")
 

@@ -11,10 +11,11 @@ from conftest import BACKENDS, sparse_weight
 from torch import nn
 
 import sparsebreg as sb
-from sparsebreg import backends, costs, decide
-from sparsebreg.costs import SHIPPED, Load
-from sparsebreg.decide import Decider
-from sparsebreg.errors import SwapError
+from sparsebreg import backends
+from sparsebreg.swap import costs, decide
+from sparsebreg.swap.costs import SHIPPED, Load
+from sparsebreg.swap.decide import Decider
+from sparsebreg.core.errors import SwapError
 from sparsebreg.experiments.cli import main
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sparsebreg.errors import DataError
+from sparsebreg.core.errors import DataError
 from sparsebreg.experiments import data, formats
 
 

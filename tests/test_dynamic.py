@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparsebreg as sb
-from sparsebreg.errors import SwapError
+from sparsebreg.core.errors import SwapError
 
 ALWAYS = sb.SparsifyConfig(decide="always")
 MIXED = sb.SparsifyConfig(min_sparsity=0.85)  # some layers stay dense and are masked

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparsebreg as sb
-from sparsebreg import _extension
-from sparsebreg.gradient import PendingGrad, resolve
+from sparsebreg.core import extension
+from sparsebreg.core.gradient import PendingGrad, resolve
 from sparsebreg.nn import FineConv2d, FineLinear
-from sparsebreg.pattern import SparsePattern
+from sparsebreg.core.pattern import SparsePattern
 
 
 def make(dtype):
@@ -192,7 +192,7 @@ def in_a_row(backend):
 
 def test_steps_gather_the_weights_that_they_move(in_a_row):
     for layer in in_a_row.model[::2]:
-        if _extension.native():  # whose steps serve every backend
+        if extension.native():  # whose steps serve every backend
             assert torch.equal(layer.kept, layer._pattern.gather(layer.weight))
         else:
             assert layer.kept is None
@@ -231,7 +231,7 @@ def test_what_wakes_outside_of_a_pattern_is_seen_at_once(in_a_row):
     in_a_row.optimizer.state[layer.weight]["dual"][row, col] = 1.0  # so it wakes in the next step
     steps(in_a_row)
     assert layer.weight[row, col] > 0
-    assert bool(layer._pattern.mask()[row, col]) is (_extension.native() is not None), "others see it in the next pass"
+    assert bool(layer._pattern.mask()[row, col]) is (extension.native() is not None), "others see it in the next pass"
     h = torch.randn(3, 40, dtype=torch.float64)
     torch.testing.assert_close(layer(h), F.linear(h, layer.weight, layer.bias))
     assert layer._pattern.mask()[row, col]
@@ -244,7 +244,7 @@ def test_patterns_get_the_room_that_they_need(lr):
     model = ml.model
     for _ in range(60):
         steps(ml)
-        if _extension.native():  # else the next forward pass sees what woke
+        if extension.native():  # else the next forward pass sees what woke
             assert all(model[i]._pattern.nnz >= model[i].weight.count_nonzero() for i in (0, 2))
     if lr < 0.001:
         assert not ml._slack, "no pattern was outgrown"

@@ -10,7 +10,7 @@ from conftest import BACKENDS, close, sparse_weight
 from torch.nn import functional as F
 
 import sparsebreg as sb
-from sparsebreg.functional import Geometry, sparse_conv2d, sparse_linear
+from sparsebreg.ops.functional import Geometry, sparse_conv2d, sparse_linear
 
 # name: (N, in, out, density)
 LINEAR = {
@@ -279,8 +279,9 @@ WITHOUT_TENSORS = """
 import torch
 getattr(torch.Tensor, "__dlpack_c_exchange_api__", None) and delattr(torch.Tensor, "__dlpack_c_exchange_api__")
 import sparsebreg as sb
-from sparsebreg import _extension, lanes
-assert not _extension.TENSORS
+from sparsebreg.core import extension
+from sparsebreg import lanes
+assert not extension.TENSORS
 for dense, shape in ((torch.nn.Linear(4, 6), (20, 4)), (torch.nn.Conv2d(4, 6, 3, padding=1), (20, 4, 8, 8))):
     cls = sb.nn.SparseLinear if len(shape) == 2 else sb.nn.SparseConv2d
     for p in dense.parameters():

@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparsebreg as sb
-from sparsebreg import _extension
-from sparsebreg.functional import sparse_linear
-from sparsebreg.gradient import PendingGrad, resolve
+from sparsebreg.core import extension
+from sparsebreg.ops.functional import sparse_linear
+from sparsebreg.core.gradient import PendingGrad, resolve
 
-if (C := _extension.native()) is None:
+if (C := extension.native()) is None:
     pytest.skip("needs the native extension", allow_module_level=True)
 
 

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sparsebreg as sb
-from sparsebreg import _extension, lanes
-from sparsebreg.functional import Geometry, sparse_conv2d
+from sparsebreg.core import extension
+from sparsebreg import lanes
+from sparsebreg.ops.functional import Geometry, sparse_conv2d
 from sparsebreg.lanes import LaneTensor
 
-pytestmark = pytest.mark.skipif(_extension.native() is None, reason="tests of the native extension")
+pytestmark = pytest.mark.skipif(extension.native() is None, reason="tests of the native extension")
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +28,10 @@ def native():
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    before = _extension.native().isa()
-    _extension.native().select_isa(request.param)
+    before = extension.native().isa()
+    extension.native().select_isa(request.param)
     yield request.param
-    _extension.native().select_isa(before)
+    extension.native().select_isa(before)
 
 
 def ordinary(x):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import sparsebreg as sb
-from sparsebreg import _extension, memory
+from sparsebreg.core import extension, memory
 
-pooled = pytest.mark.skipif(_extension.native() is None, reason="the pool belongs to the extension")
+pooled = pytest.mark.skipif(extension.native() is None, reason="the pool belongs to the extension")
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_running_out_of_memory_is_an_error(wanted):
     code = """
 import resource, sys, torch
 import sparsebreg as sb
-from sparsebreg import _extension
+from sparsebreg.core import extension
 
 torch.set_num_threads(2)
 wanted = sys.argv[1]
@@ -141,7 +141,7 @@ def run():
 
 def limit():
     if limited:
-        _extension.native().release_scratch()
+        extension.native().release_scratch()
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20), before[1]))
 

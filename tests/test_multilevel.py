@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparsebreg as sb
-from sparsebreg.errors import SwapError
+from sparsebreg.core.errors import SwapError
 
 ALWAYS = sb.SparsifyConfig(decide="always")
 LR, BETA, LAM, DELTA, DECAY = 0.3, 0.9, 0.02, 1.0, 0.001

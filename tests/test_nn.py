@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import sparsebreg as sb
-from sparsebreg.errors import SwapError
+from sparsebreg.core.errors import SwapError
 
 
 def sparse(module, density=0.3):

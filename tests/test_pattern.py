@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparsebreg as sb
-from sparsebreg import SparsePattern, _extension, pattern
+from sparsebreg import SparsePattern
+from sparsebreg.core import extension, pattern
 
 MASKS = {
     "some": torch.tensor([[1, 0, 1], [0, 1, 0]], dtype=torch.bool),
@@ -53,7 +54,7 @@ def test_index_is_scipys(name, builder):
     assert torch.equal(p.mask(), mask)
 
 
-@pytest.mark.skipif(_extension.native() is None, reason="needs the extension")
+@pytest.mark.skipif(extension.native() is None, reason="needs the extension")
 def test_transpose_is_made_once_and_only_when_asked_for():
     model = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3), torch.nn.Flatten(), torch.nn.Linear(16, 40))
     for m in (model[0], model[2]):
@@ -263,7 +264,7 @@ def test_invalid_mask_and_values():
         p.scatter(torch.zeros(3), torch.zeros(2, 3, dtype=torch.float64))
 
 
-@pytest.mark.skipif(_extension.native() is None, reason="needs the extension")
+@pytest.mark.skipif(extension.native() is None, reason="needs the extension")
 class TestNativeChecks:
     """The extension checks for itself: it is the last line before memory is touched."""
 
@@ -274,7 +275,7 @@ class TestNativeChecks:
         return list(arrays.values())
 
     def test_accepts(self):
-        _extension.native().Index(2, 3, *self.arrays())
+        extension.native().Index(2, 3, *self.arrays())
 
     @pytest.mark.parametrize(
         ("name", "value"),
@@ -288,7 +289,7 @@ class TestNativeChecks:
     )
     def test_refuses_index(self, name, value):
         with pytest.raises(ValueError, match="expected"):
-            _extension.native().Index(2, 3, *self.arrays(**{name: np.array(value, dtype=np.int32)}))
+            extension.native().Index(2, 3, *self.arrays(**{name: np.array(value, dtype=np.int32)}))
 
 
 @pytest.mark.parametrize("native", [True, False])

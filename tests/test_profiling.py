@@ -7,8 +7,9 @@ from torch.autograd import profiler
 from torch.profiler import ProfilerActivity, profile
 
 import sparsebreg as sb
-from sparsebreg import _extension, lanes
-from sparsebreg.profiling import labelled
+from sparsebreg.core import extension
+from sparsebreg import lanes
+from sparsebreg.core.profiling import labelled
 
 
 def training():
@@ -43,7 +44,7 @@ def test_labels_of_a_cycle(backend):
     assert counts["Optimizer.step#LinBreg.step"] == 4
 
 
-@pytest.mark.skipif(_extension.native() is None, reason="lane tensors need the native extension")
+@pytest.mark.skipif(extension.native() is None, reason="lane tensors need the native extension")
 def test_labels_of_conversions():
     with profile(activities=[ProfilerActivity.CPU]) as p:
         lanes.unpack(lanes.pack(torch.randn(20, 3)), 20)

@@ -7,7 +7,7 @@ from conftest import close
 from torch import nn
 
 import sparsebreg as sb
-from sparsebreg import _extension
+from sparsebreg.core import extension
 from sparsebreg.optim import proxsgd
 
 
@@ -16,7 +16,7 @@ def path(request, monkeypatch):
     """The native pass and the torch operations must do the same."""
     if request.param == "plain":
         monkeypatch.setattr(proxsgd, "native", lambda: None)
-    elif _extension.native() is None:
+    elif extension.native() is None:
         pytest.skip("needs the extension")
 
 

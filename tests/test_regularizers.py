@@ -13,7 +13,7 @@ from plain import groups_of
 from scipy.optimize import minimize, minimize_scalar
 
 import sparsebreg as sb
-from sparsebreg import regularizers
+from sparsebreg.optim import regularizers
 
 floats = st.floats(-5, 5, allow_nan=False)
 SINGLE = [sb.NoReg(), sb.L1(0.0), sb.L1(0.3), sb.L1(2.0), sb.L1NonNegative(0.0), sb.L1NonNegative(0.7)]

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from sparsebreg.errors import RunError
+from sparsebreg.core.errors import RunError
 from sparsebreg.experiments import cli, plots
 from sparsebreg.experiments.compare import HEAD, SHARED, cells, row, table
 from sparsebreg.experiments.report import comparisons, report

@@ -17,7 +17,7 @@ from test_data import FILES, idx, write
 from test_multilevel import assert_same
 
 import sparsebreg.experiments.train as module
-from sparsebreg.errors import RunError
+from sparsebreg.core.errors import RunError
 from sparsebreg.experiments import checkpoint, cli
 from sparsebreg.experiments import data as datasets
 from sparsebreg.experiments.config import Config

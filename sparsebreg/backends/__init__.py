@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from sparsebreg._extension import environment
-from sparsebreg.backends._protocol import Backend, Geometry, Layout
-from sparsebreg.errors import BackendError, check_choice
+from sparsebreg.backends.protocol import Backend, Geometry, Layout
+from sparsebreg.core.errors import BackendError, check_choice
+from sparsebreg.core.extension import environment
 
 __all__ = ["NAMES", "Backend", "Geometry", "Layout", "available", "current", "set_backend", "use_backend", "why"]
 

@@ -7,11 +7,12 @@ import functools
 import numpy as np
 import torch
 
-from sparsebreg import _extension, lanes, memory
-from sparsebreg.backends._protocol import Geometry, Layout
-from sparsebreg.errors import BackendError
-from sparsebreg.gradient import PendingGrad, resolve
-from sparsebreg.lanes import LANES, LaneTensor
+from sparsebreg import lanes
+from sparsebreg.backends.protocol import Geometry, Layout
+from sparsebreg.core import extension, memory
+from sparsebreg.core.errors import BackendError
+from sparsebreg.core.gradient import PendingGrad, resolve
+from sparsebreg.lanes import LANES, LaneTensor, fusion
 
 #: The part of grad_y that may be nonzero for its lists to make the full gradient faster than a dense product does.
 MOST_NONZEROS = 0.6
@@ -35,7 +36,7 @@ def _layout(t: torch.Tensor) -> Layout:
 
 def _memory(t: torch.Tensor | None, layout: Layout = Layout.PLAIN):
     """t as the extension takes it; None stays None."""
-    if t is None or (type(t) in _ORDINARY and layout is Layout.PLAIN and _extension.TENSORS and not t.is_neg()):
+    if t is None or (type(t) in _ORDINARY and layout is Layout.PLAIN and extension.TENSORS and not t.is_neg()):
         return t
     t = resolve(t)
     if layout is Layout.LANES:
@@ -44,7 +45,7 @@ def _memory(t: torch.Tensor | None, layout: Layout = Layout.PLAIN):
         t = t.resolve_neg()
     if layout is Layout.CHANNELS_LAST:
         t = t.permute(0, 2, 3, 1)
-    return t if _extension.TENSORS else t.detach().numpy()
+    return t if extension.TENSORS else t.detach().numpy()
 
 
 def _source(x: torch.Tensor | None, layout: Layout):
@@ -52,7 +53,7 @@ def _source(x: torch.Tensor | None, layout: Layout):
 
     The convolution applies it to what it copies anyway, so that the norm's result need not exist at all.
     """
-    waiting = lanes.waiting_norm(x)
+    waiting = fusion.waiting_norm(x)
     if waiting is None:
         return _memory(x, layout), None
     norm, packed = waiting
@@ -61,7 +62,7 @@ def _source(x: torch.Tensor | None, layout: Layout):
 
 def _gradient(grad: torch.Tensor, layout: Layout):
     """The memory of the gradient of a convolution's output, and the batch norm that it is still to go through."""
-    waiting = lanes.waiting_norm_grad(grad)
+    waiting = fusion.waiting_norm_grad(grad)
     return (_memory(grad, layout), None) if waiting is None else waiting
 
 
@@ -98,8 +99,8 @@ class NativeBackend:
     name = "native"
     lanes = True
 
-    def __init__(self, extension) -> None:
-        self.C = extension
+    def __init__(self, native) -> None:
+        self.C = native
 
     @property
     def isa(self) -> str:
@@ -144,7 +145,7 @@ class NativeBackend:
         moments = None
         # A convolution without a bias has a batch norm behind it, as a rule: it gets its statistics along.
         if training and bias is None and layout is Layout.LANES and y.numel():
-            moments = lanes.make_moments(y)
+            moments = fusion.make_moments(y)
         self.C.conv2d_forward(
             pattern.native_index(), x.shape[0], _geometry(pattern.shape, geometry, x.shape[1:]), source, x_layout,
             factors, _memory(values), _memory(bias), into_y, layout, moments, torch.get_num_threads(),
@@ -165,7 +166,7 @@ class NativeBackend:
         grad_values, grad_bias = _gradients(pattern, grad_y.dtype, needs)
         sums = None
         if grad_x is not None and norm is not None and norm.relu and grad_x.numel():
-            sums = lanes.make_sums(grad_x, norm)
+            sums = fusion.make_sums(grad_x, norm)
         self.C.conv2d_backward(
             pattern.native_index(), x_shape[0], _geometry(pattern.shape, geometry, x_shape[1:]), grad, layout,
             grad_norm, source, x_layout, factors, sums, _memory(values), into_x, grad_values, grad_bias,
@@ -191,6 +192,6 @@ class NativeBackend:
 
 def load() -> NativeBackend:
     """Raises BackendError where the extension was not built or does not load."""
-    if (extension := _extension.native()) is None:
-        raise BackendError(_extension.CAUSE)
-    return NativeBackend(extension)
+    if (native := extension.native()) is None:
+        raise BackendError(extension.CAUSE)
+    return NativeBackend(native)

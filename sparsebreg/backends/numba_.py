@@ -12,9 +12,9 @@ import threading
 import numpy as np
 import torch
 
-from sparsebreg import memory
-from sparsebreg.backends._protocol import FORMATS, Geometry
-from sparsebreg.errors import BackendError
+from sparsebreg.backends.protocol import FORMATS, Geometry
+from sparsebreg.core import memory
+from sparsebreg.core.errors import BackendError
 
 LANES = 16
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from sparsebreg.backends._protocol import FORMATS, Geometry, Grads
-from sparsebreg.pattern import SparsePattern
+from sparsebreg.backends.protocol import FORMATS, Geometry, Grads
+from sparsebreg.core.pattern import SparsePattern
 
 
 class ReferenceBackend:

@@ -20,7 +20,7 @@ import torch
 from tabulate import tabulate
 
 import sparsebreg as sb
-from sparsebreg.errors import RunError, check_choice, check_int, check_real, expected
+from sparsebreg.core.errors import RunError, check_choice, check_int, check_real, expected
 from sparsebreg.experiments import plots, timing
 from sparsebreg.experiments.breakdown import PARTS as STEP_PARTS
 from sparsebreg.experiments.breakdown import REST, breakdown

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import sparsebreg as sb
 from sparsebreg import backends, lanes
-from sparsebreg.errors import RunError, expected
+from sparsebreg.core.errors import RunError, expected
 from sparsebreg.experiments.shapes import NETWORKS, SUITES
 from sparsebreg.models import MODELS
 from sparsebreg.nn import to_fine

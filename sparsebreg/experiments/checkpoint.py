@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import sparsebreg as sb
-from sparsebreg.errors import RunError, expected
+from sparsebreg.core.errors import RunError, expected
 from sparsebreg.experiments.config import Config
 from sparsebreg.experiments.files import atomic
 

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import sparsebreg as sb
-from sparsebreg.errors import RunError, SparsebregError, expected
+from sparsebreg.core.errors import RunError, SparsebregError, expected
 from sparsebreg.experiments.cases import PARTS
 from sparsebreg.experiments.config import FORMATS, SCHEDULES, Config, read_toml
 from sparsebreg.experiments.data import DATASETS
 from sparsebreg.experiments.methods import METHODS
 from sparsebreg.experiments.shapes import SUITES
 from sparsebreg.experiments.train import Stopped, train
-from sparsebreg.initialize import DISTRIBUTIONS
 from sparsebreg.models import MODELS
+from sparsebreg.optim.initialize import DISTRIBUTIONS
 
 #: Options of a comparison that are lists.
 LISTS = ("methods", "seeds", "models", "data")

@@ -22,7 +22,7 @@ import torch
 from tabulate import tabulate
 
 import sparsebreg as sb
-from sparsebreg.errors import RunError, check_choice, check_int, expected
+from sparsebreg.core.errors import RunError, check_choice, check_int, expected
 from sparsebreg.experiments import checkpoint, plots
 from sparsebreg.experiments.config import Config, words
 from sparsebreg.experiments.data import DATASETS, load

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from sparsebreg.errors import check_choice, check_int, check_real, expected
+from sparsebreg.core.errors import check_choice, check_int, check_real, expected
 from sparsebreg.experiments.data import DATASETS
 from sparsebreg.experiments.files import write
 from sparsebreg.experiments.methods import FOR_DATA, METHODS, special
-from sparsebreg.initialize import DISTRIBUTIONS
 from sparsebreg.models import MODELS
+from sparsebreg.optim.initialize import DISTRIBUTIONS
 
 #: Learning-rate schedules: the factor at a fraction of the run.
 SCHEDULES: dict[str, Callable[[float], float]] = {

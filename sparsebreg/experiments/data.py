@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsebreg.errors import DataError, check_choice, check_int, check_real, expected
+from sparsebreg.core.errors import DataError, check_choice, check_int, check_real, expected
 from sparsebreg.experiments import formats
 from sparsebreg.experiments.formats import Arrays
 

@@ -10,7 +10,7 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
-from sparsebreg.errors import RunError, expected
+from sparsebreg.core.errors import RunError, expected
 
 
 @contextmanager

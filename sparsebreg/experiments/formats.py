@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsebreg.errors import DataError, RunError, expected
+from sparsebreg.core.errors import DataError, RunError, expected
 from sparsebreg.experiments.files import atomic
 
 Arrays = tuple[np.ndarray, np.ndarray]

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import sparsebreg as sb
-from sparsebreg.initialize import DISTRIBUTIONS
 from sparsebreg.optim import BregmanOptimizer
 from sparsebreg.optim.base import REGULARISED
+from sparsebreg.optim.initialize import DISTRIBUTIONS
 
 if TYPE_CHECKING:
     from sparsebreg.experiments.config import Config

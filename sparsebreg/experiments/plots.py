@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsebreg.errors import RunError, expected
+from sparsebreg.core.errors import RunError, expected
 from sparsebreg.experiments.files import atomic
 
 #: Okabe and Ito's colours, which colour-blind readers tell apart, on white and on black.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from sparsebreg.errors import RunError, expected
+from sparsebreg.core.errors import RunError, expected
 from sparsebreg.experiments import checkpoint, plots
 from sparsebreg.experiments.compare import HEAD, cells, row
 from sparsebreg.experiments.config import FREE

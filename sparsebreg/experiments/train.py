@@ -26,8 +26,7 @@ from torch.nn import functional as F
 
 import sparsebreg as sb
 from sparsebreg import flops
-from sparsebreg.convert import iter_masks
-from sparsebreg.errors import RunError, expected
+from sparsebreg.core.errors import RunError, expected
 from sparsebreg.experiments import checkpoint
 from sparsebreg.experiments import data as datasets
 from sparsebreg.experiments.config import SCHEDULES, Config
@@ -35,6 +34,7 @@ from sparsebreg.experiments.files import atomic, locked, prepare_folder, write
 from sparsebreg.experiments.methods import METHODS, layer_targets
 from sparsebreg.experiments.timing import interleave
 from sparsebreg.models import MODELS
+from sparsebreg.swap.convert import iter_masks
 
 #: Phases by their number in steps.npz.
 PHASES = ("fine", "coarse")

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from sparsebreg._extension import native
-from sparsebreg.errors import check_real, expected
+from sparsebreg.core.errors import check_real, expected
+from sparsebreg.core.extension import native
 from sparsebreg.optim.base import BregmanOptimizer, flush, shared, zeros_like
-from sparsebreg.regularizers import L1, NoReg, Regularizer
+from sparsebreg.optim.regularizers import L1, NoReg, Regularizer
 
 
 class AdaBreg(BregmanOptimizer):

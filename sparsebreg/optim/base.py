@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.autograd import profiler
 
-from sparsebreg import _extension, memory, regularizers
-from sparsebreg.errors import check_choice, check_real, expected
-from sparsebreg.gradient import PendingGrad, resolve
-from sparsebreg.pattern import SparsePattern
-from sparsebreg.regularizers import L1, NoReg, Regularizer
+from sparsebreg.core import extension, memory
+from sparsebreg.core.errors import check_choice, check_real, expected
+from sparsebreg.core.gradient import PendingGrad, resolve
+from sparsebreg.core.pattern import SparsePattern
+from sparsebreg.optim import regularizers
+from sparsebreg.optim.regularizers import L1, NoReg, Regularizer
 
 #: Modules whose weight is regularised by ``param_groups``.
 REGULARISED = (nn.Linear, nn.modules.conv._ConvNd)
@@ -340,7 +341,7 @@ def _crossing(t: torch.Tensor | None) -> Any:
         if (factors := t.factors) is not None:
             return factors
         t = t.dense
-    return t if t is None or _extension.TENSORS else t.detach().numpy()
+    return t if t is None or extension.TENSORS else t.detach().numpy()
 
 
 def _batches(params: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

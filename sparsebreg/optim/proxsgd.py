@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from sparsebreg._extension import native
+from sparsebreg.core.extension import native
 from sparsebreg.optim.base import BregmanOptimizer, check_momentum, flush, shared, zeros_like
-from sparsebreg.regularizers import L1, NoReg, Regularizer
+from sparsebreg.optim.regularizers import L1, NoReg, Regularizer
 
 
 class ProxSGD(BregmanOptimizer):

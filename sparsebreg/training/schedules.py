@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sparsebreg.errors import check_int, check_real, expected
+from sparsebreg.core.errors import check_int, check_real, expected
 
 
 @dataclass(frozen=True)

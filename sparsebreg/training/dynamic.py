@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsebreg.convert import SwapReport, carry_out, plan_freeze, thaw
-from sparsebreg.decide import Decider, Filter, SparsifyConfig
-from sparsebreg.errors import SwapError, check_choice, check_int, check_real, expected
-from sparsebreg.initialize import DISTRIBUTIONS, layer_densities
-from sparsebreg.multilevel import PHASES
+from sparsebreg.core.errors import SwapError, check_choice, check_int, check_real, expected
+from sparsebreg.core.pattern import largest
 from sparsebreg.optim.base import REGULARISED, BregmanOptimizer
-from sparsebreg.pattern import largest
+from sparsebreg.optim.initialize import DISTRIBUTIONS, layer_densities
+from sparsebreg.swap.convert import SwapReport, carry_out, plan_freeze, thaw
+from sparsebreg.swap.decide import Decider, Filter, SparsifyConfig
+from sparsebreg.training.multilevel import PHASES
 
 Distribution = str | Mapping[str, float]
 

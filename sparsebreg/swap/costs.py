@@ -30,9 +30,9 @@ from torch import nn
 
 from sparsebreg import backends, lanes
 from sparsebreg._version import __version__
-from sparsebreg.errors import expected
+from sparsebreg.core.errors import expected
+from sparsebreg.core.pattern import SparsePattern
 from sparsebreg.nn import form, geometry_of
-from sparsebreg.pattern import SparsePattern
 
 __all__ = ["Calibration", "calibrate"]
 

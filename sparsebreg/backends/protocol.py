@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from sparsebreg.pattern import SparsePattern
+from sparsebreg.core.pattern import SparsePattern
 
 Grads = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 

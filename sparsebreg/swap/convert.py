@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,14 +17,13 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from sparsebreg import lanes
-from sparsebreg.decide import Decider, Filter, SparsifyConfig
-from sparsebreg.errors import SwapError, expected
+from sparsebreg.core.errors import SwapError, expected
+from sparsebreg.core.pattern import SparsePattern, count_nonzero
+from sparsebreg.core.profiling import labelled
 from sparsebreg.nn import SparseLayer, kind, sparse_form, to_plain, to_swapped, unsupported
 from sparsebreg.optim.base import REGULARISED, BregmanOptimizer
-from sparsebreg.pattern import SparsePattern, count_nonzero
-from sparsebreg.profiling import labelled
-from sparsebreg.regularizers import NoReg
+from sparsebreg.optim.regularizers import NoReg
+from sparsebreg.swap.decide import Decider, Filter, SparsifyConfig
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class SwapReport:
     """
 
     layers: list[LayerReport] = field(default_factory=list)
-    _unpacked_before: dict[str, int] = field(default_factory=lanes.unpacked, repr=False, compare=False)
+    _unpacked: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
 
     @property
     def sparse(self) -> list[LayerReport]:
@@ -86,9 +86,8 @@ class SwapReport:
 
     @property
     def unpacked(self) -> dict[str, int]:
-        """Operations of this process that unpacked lane tensors since the swap, by name, with how often they did."""
-        before = self._unpacked_before
-        return {name: n - before.get(name, 0) for name, n in lanes.unpacked().items() if n > before.get(name, 0)}
+        """Operations that unpacked one of this model's lane tensors since the swap, by name, with how often they did."""
+        return dict(self._unpacked)
 
     @property
     def density(self) -> float:

@@ -11,12 +11,13 @@ import torch
 from torch.autograd import profiler
 from torch.autograd.function import once_differentiable
 
-from sparsebreg import _extension, backends, memory
+from sparsebreg import backends
 from sparsebreg.backends import Geometry, Layout
-from sparsebreg.errors import check_input, expected
+from sparsebreg.core import extension, memory
+from sparsebreg.core.errors import check_input, expected
+from sparsebreg.core.pattern import SparsePattern
+from sparsebreg.core.profiling import labelled
 from sparsebreg.lanes import LANES, LaneTensor
-from sparsebreg.pattern import SparsePattern
-from sparsebreg.profiling import labelled
 
 __all__ = ["Geometry", "sparse_conv2d", "sparse_linear"]
 
@@ -186,9 +187,9 @@ def _check_parameters(
 
 def _usual(x: Any, pattern: SparsePattern, values: Any, bias: Any) -> bool:
     """Whether a linear layer's arguments are right, and as most are: then one call is enough to know."""
-    if not _extension.TENSORS or len(pattern.shape) != 2 or torch._C._are_functorch_transforms_active():
+    if not extension.TENSORS or len(pattern.shape) != 2 or torch._C._are_functorch_transforms_active():
         return False
-    return _extension.native().linear_takes(pattern.native_index(), x, values, bias)
+    return extension.native().linear_takes(pattern.native_index(), x, values, bias)
 
 
 # What ``Function.apply`` comes to for ordinary tensors outside of functorch's transforms: all else in it takes as long

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsebreg import memory
-from sparsebreg._extension import native
-from sparsebreg.errors import check_real, expected
+from sparsebreg.core import memory
+from sparsebreg.core.errors import check_real, expected
+from sparsebreg.core.extension import native
 
 _INT32_MAX = 2**31 - 1
 

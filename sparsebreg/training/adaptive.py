@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsebreg._extension import native
-from sparsebreg.errors import check_choice, check_int, check_real, expected
-from sparsebreg.multilevel import Multilevel
+from sparsebreg.core.errors import check_choice, check_int, check_real, expected
+from sparsebreg.core.extension import native
+from sparsebreg.core.pattern import count_nonzero, kth_largest
 from sparsebreg.optim.base import REGULARISED, BregmanOptimizer, shared
-from sparsebreg.pattern import count_nonzero, kth_largest
-from sparsebreg.regularizers import L1
+from sparsebreg.optim.regularizers import L1
+from sparsebreg.training.multilevel import Multilevel
 
 #: How far the target is on its way at a fraction of the ramp.
 RAMPS: dict[str, Callable[[float], float]] = {"linear": lambda t: t, "cubic": lambda t: 1 - (1 - t) ** 3}

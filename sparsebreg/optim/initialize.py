@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from sparsebreg.errors import check_choice, check_real, expected
+from sparsebreg.core.errors import check_choice, check_real, expected
 from sparsebreg.optim.base import REGULARISED
 
 Filter = Callable[[nn.Module, str], bool]

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsebreg.convert import Plan, SwapReport, carry_out, plan_freeze, report_of, sparse_layers, thaw
-from sparsebreg.decide import Decider, Filter, SparsifyConfig
-from sparsebreg.errors import SwapError, check_choice, check_int, expected
+from sparsebreg.core.errors import SwapError, check_choice, check_int, expected
+from sparsebreg.core.pattern import SparsePattern, count_nonzero, largest
 from sparsebreg.nn import to_fine, to_plain
 from sparsebreg.optim.base import BregmanOptimizer
-from sparsebreg.pattern import SparsePattern, count_nonzero, largest
-from sparsebreg.regularizers import L1, L1NonNegative, NoReg
-from sparsebreg.schedules import Level, PlateauCoarse
+from sparsebreg.optim.regularizers import L1, L1NonNegative, NoReg
+from sparsebreg.swap.convert import Plan, SwapReport, carry_out, plan_freeze, report_of, sparse_layers, thaw
+from sparsebreg.swap.decide import Decider, Filter, SparsifyConfig
+from sparsebreg.training.schedules import Level, PlateauCoarse
 
 PHASES = ("fine", "coarse")
 

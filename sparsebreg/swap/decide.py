@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sparsebreg import backends, costs
-from sparsebreg.costs import Load
-from sparsebreg.errors import SwapError, check_choice, check_real, expected
+from sparsebreg import backends
+from sparsebreg.core.errors import SwapError, check_choice, check_real, expected
+from sparsebreg.core.pattern import SparsePattern
 from sparsebreg.lanes import LANES
 from sparsebreg.nn import is_channels_last, unsupported
 from sparsebreg.optim.base import REGULARISED
-from sparsebreg.pattern import SparsePattern
+from sparsebreg.swap import costs
+from sparsebreg.swap.costs import Load
 
 Filter = Callable[[nn.Module, str], bool]
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsebreg import functional
-from sparsebreg.errors import SwapError, expected
-from sparsebreg.functional import Geometry
-from sparsebreg.pattern import SparsePattern
+from sparsebreg.core.errors import SwapError, expected
+from sparsebreg.core.pattern import SparsePattern
+from sparsebreg.ops import functional
+from sparsebreg.ops.functional import Geometry
 
 __all__ = ["SparseConv2d", "SparseLayer", "SparseLinear"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from sparsebreg.errors import check_choice, check_real, expected
-from sparsebreg.pattern import SparsePattern
+from sparsebreg.core.errors import check_choice, check_real, expected
+from sparsebreg.core.pattern import SparsePattern
 
 __all__ = ["L1", "GroupL2", "L1GroupL2", "L1NonNegative", "NoReg", "NuclearNorm", "Regularizer"]
 

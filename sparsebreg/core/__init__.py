@@ -1,0 +1,1 @@
+"""What everything else stands on: errors, memory, the native extension, patterns."""

@@ -9,9 +9,7 @@ from sparsebreg.core.pattern import SparsePattern
 from sparsebreg.optim import AdaBreg, LinBreg, ProxSGD, param_groups
 from sparsebreg.optim.initialize import erk_densities, sparse_init_, uniform_densities
 from sparsebreg.optim.regularizers import L1, GroupL2, L1GroupL2, L1NonNegative, NoReg, NuclearNorm
-from sparsebreg.swap.convert import SwapReport, densify_, sparsify_
-from sparsebreg.swap.costs import calibrate
-from sparsebreg.swap.decide import SparsifyConfig
+from sparsebreg.swap import SparsifyConfig, SwapReport, calibrate, densify_, sparsify_
 from sparsebreg.training.adaptive import LambdaScheduler
 from sparsebreg.training.dynamic import SET, GradualPruning, Prune, RigL
 from sparsebreg.training.multilevel import Multilevel

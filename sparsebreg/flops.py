@@ -1,28 +1,21 @@
 """Floating-point operations of a training step, as the literature counts them.
 
 ``torch.utils.flop_counter.FlopCounterMode`` counts sparse layers too, forward and backward: a product costs 2 · nnz ·
-positions, with as many positions as samples (linear) or output pixels (convolution). The reference backend computes
-densely, and is counted so.
+positions, with as many positions as samples (linear) or output pixels (convolution), whatever the backend.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsebreg.core.errors import check_choice, check_int, expected
-from sparsebreg.ops import functional  # noqa: F401  defines the operation that is counted
-from sparsebreg.swap.convert import dense_copy, iter_weights
-
-
-@register_flop_formula(torch.ops.sparsebreg.count_flops)
-def _told(flops: int, *args: Any, **kwargs: Any) -> int:
-    return flops
+from sparsebreg.swap.carry_out import dense_copy
+from sparsebreg.swap.inspect import iter_weights
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import sparsebreg as sb
-from sparsebreg.core import extension
 from sparsebreg import backends
+from sparsebreg.core import extension
 
 os.environ["SPARSEBREG_CACHE"] = ""  # what becomes sparse depends on no machine
 

@@ -9,8 +9,8 @@ import torch
 from conftest import BACKENDS, ISAS
 
 import sparsebreg as sb
-from sparsebreg.core import extension
 from sparsebreg import backends
+from sparsebreg.core import extension
 from sparsebreg.core.errors import BackendError
 
 

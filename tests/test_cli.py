@@ -16,11 +16,11 @@ import torch
 from test_data import write
 
 import sparsebreg as sb
-from sparsebreg.swap.convert import iter_weights
 from sparsebreg.experiments import cli, data, methods, train
 from sparsebreg.experiments.compare import plan
 from sparsebreg.experiments.config import Config, read_toml
 from sparsebreg.experiments.methods import METHODS
+from sparsebreg.swap.inspect import iter_weights
 
 KEYS = [
     "method",

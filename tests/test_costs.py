@@ -12,11 +12,11 @@ from torch import nn
 
 import sparsebreg as sb
 from sparsebreg import backends
+from sparsebreg.core.errors import SwapError
+from sparsebreg.experiments.cli import main
 from sparsebreg.swap import costs, decide
 from sparsebreg.swap.costs import SHIPPED, Load
 from sparsebreg.swap.decide import Decider
-from sparsebreg.core.errors import SwapError
-from sparsebreg.experiments.cli import main
 
 
 def fill(model, density):

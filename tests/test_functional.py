@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import BACKENDS, close, sparse_weight
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 import sparsebreg as sb
-from sparsebreg.ops.functional import Geometry, sparse_conv2d, sparse_linear
+from sparsebreg.ops import Geometry, sparse_conv2d, sparse_linear
 
 # name: (N, in, out, density)
 LINEAR = {
@@ -171,7 +172,7 @@ def test_linear_gradcheck(name, backend):
     weight, mask = sparse_weight((o, i), density)
     pattern = sb.SparsePattern.from_mask(mask)
     inputs = [t.requires_grad_() for t in (torch.randn(n, i, dtype=torch.float64), weight[mask], weight.new_ones(o))]
-    assert torch.autograd.gradcheck(lambda x, v, b: sparse_linear(x, pattern, v, b), inputs)
+    assert gradcheck(lambda x, v, b: sparse_linear(x, pattern, v, b), inputs)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_conv2d_gradcheck(name, backend):
     inputs = [
         t.requires_grad_() for t in (torch.randn(2, ic, h, w, dtype=torch.float64), weight[mask], weight.new_ones(oc))
     ]
-    assert torch.autograd.gradcheck(lambda x, v, b: sparse_conv2d(x, pattern, v, b, geometry), inputs)
+    assert gradcheck(lambda x, v, b: sparse_conv2d(x, pattern, v, b, geometry), inputs)
 
 
 @pytest.mark.parametrize("wanted", ["x", "values", "bias"])
@@ -219,13 +220,45 @@ def test_backward_runs_on_the_forwards_backend(monkeypatch):
     assert called == [1]
 
 
-def test_no_second_derivative():
+def test_second_derivatives(backend):
     weight, mask = sparse_weight((6, 4), 0.5)
-    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    y = sparse_linear(x, sb.SparsePattern.from_mask(mask), weight[mask].requires_grad_())
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
-        grad.sum().backward()
+    x, bias = torch.randn(3, 4, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    pattern, inputs = sb.SparsePattern.from_mask(mask), (x, weight[mask], bias)
+    assert gradgradcheck(lambda x, v, b: sparse_linear(x, pattern, v, b).pow(3), [t.requires_grad_() for t in inputs])
+    weight, mask = sparse_weight((4, 2, 3, 2), 0.5)
+    x, bias = torch.randn(2, 4, 5, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    pattern, inputs = sb.SparsePattern.from_mask(mask), (x, weight[mask], bias)
+    geometry = Geometry((2, 1), (1, 0), (1, 2), 2)
+    assert gradgradcheck(
+        lambda x, v, b: sparse_conv2d(x, pattern, v, b, geometry).pow(3), [t.requires_grad_() for t in inputs]
+    )
+
+
+def test_second_derivatives_of_a_whole_weight(backend):
+    """Where the dense weight gets a full gradient, that one's gradients are those of the dense layer, too."""
+    w, mask = sparse_weight((6, 4), 0.5)
+    x, pattern = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), sb.SparsePattern.from_mask(mask)
+    values = w[mask]
+    w.requires_grad_()
+    image = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    kernel, kernel_mask = sparse_weight((4, 2, 3, 2), 0.5)
+    kernel_values, kernel_pattern = kernel[kernel_mask], sb.SparsePattern.from_mask(kernel_mask)
+    geometry = Geometry((2, 1), (1, 0), (1, 2), 2)
+    kernel.requires_grad_()
+    for sparse, dense, inputs in (
+        (sparse_linear(x, pattern, values, None, w), F.linear(x, w), (w, x)),
+        (
+            sparse_conv2d(image, kernel_pattern, kernel_values, None, geometry, weight=kernel),
+            F.conv2d(image, kernel, None, *geometry),
+            (kernel, image),
+        ),
+    ):
+        second = []
+        for y in (sparse, dense):
+            (grad,) = torch.autograd.grad(y.pow(3).sum(), inputs[0], create_graph=True)
+            second.append((grad.detach(), *torch.autograd.grad(grad.square().sum(), inputs)))
+        for got, wanted in zip(*second, strict=True):
+            close(got, wanted)
 
 
 def test_leading_dimensions_and_strides(backend):
@@ -267,12 +300,21 @@ def test_transforms_of_functions(backend):
     leaked = []
     torch.func.grad(lambda t: leaked.append(t * 2) or t.sum())(x)
     close(sparse_linear(leaked[0], pattern, values), F.linear(2 * x, weight))
+
+    def sparse(t):
+        return sparse_linear(t, pattern, values).sin()
+
+    def dense(t):
+        return F.linear(t, weight).sin()
+
     for transform in (
-        torch.func.grad(lambda t: sparse_linear(t, pattern, values).sum()),
-        torch.func.vmap(lambda t: sparse_linear(t[None], pattern, values)),
+        lambda f: torch.func.grad(lambda t: f(t).sum()),
+        lambda f: torch.func.vmap(lambda t: f(t[None])),
+        torch.func.jacrev,
+        lambda f: torch.func.vmap(torch.func.grad(lambda t: f(t).sum())),
+        lambda f: torch.func.jacrev(torch.func.grad(lambda t: f(t).sum())),
     ):
-        with pytest.raises(RuntimeError, match="setup_context"):
-            transform(x)
+        close(transform(sparse)(x), transform(dense)(x))
 
 
 WITHOUT_TENSORS = """

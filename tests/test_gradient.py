@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 import sparsebreg as sb
 from sparsebreg.core import extension
-from sparsebreg.ops.functional import sparse_linear
 from sparsebreg.core.gradient import PendingGrad, resolve
+from sparsebreg.ops import sparse_linear
 
 if (C := extension.native()) is None:
     pytest.skip("needs the native extension", allow_module_level=True)

@@ -128,7 +128,7 @@ def test_repr_tells():
     text = repr(layer)
     for part in ("4, 6", "kernel_size=(3, 2)", "stride=(2, 1)", "dilation=(1, 2)", "groups=2", "bias=False", "nnz="):
         assert part in text
-    assert "in_features=12, out_features=9, nnz=" in repr(pair("linear")[1])
+    assert "in_features=12, out_features=9, bias=True, nnz=" in repr(pair("linear")[1])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import sparsebreg as sb
 from sparsebreg import SparsePattern
-from sparsebreg.core import extension, pattern
+from sparsebreg.core import extension, pattern, selection
 
 MASKS = {
     "some": torch.tensor([[1, 0, 1], [0, 1, 0]], dtype=torch.bool),
@@ -156,28 +156,28 @@ def test_gather_of_another_shape(gather, builder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.bool])
 def test_count_nonzero(dtype):
     t = torch.tensor([[0.0, -0.0, 2.0], [float("inf"), 1.0, -3.0]]).clamp(-4, 4).to(dtype)
-    assert pattern.count_nonzero(t) == pattern.count_nonzero(t.t()) == 4
-    assert pattern.count_nonzero(t[:0]) == 0
+    assert selection.count_nonzero(t) == selection.count_nonzero(t.t()) == 4
+    assert selection.count_nonzero(t[:0]) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
 def test_kth_largest_and_largest(dtype):
     values = torch.tensor([3, -1, 7, 7, 0, 2]).to(dtype)
-    assert [pattern.kth_largest(values, k) for k in range(1, 7)] == [7, 7, 3, 2, 0, -1]
-    masks = [pattern.largest(values.view(2, 3), k).flatten().nonzero().flatten().tolist() for k in range(7)]
+    assert [selection.kth_largest(values, k) for k in range(1, 7)] == [7, 7, 3, 2, 0, -1]
+    masks = [selection.largest(values.view(2, 3), k).flatten().nonzero().flatten().tolist() for k in range(7)]
     order = [2, 3, 0, 5, 4, 1]  # of equals the first comes first
     assert masks == [sorted(order[:k]) for k in range(7)]
     among = torch.tensor([[True, True, False], [True, False, True]])
-    masks = [pattern.largest(values.view(2, 3), k, among).flatten().nonzero().flatten().tolist() for k in range(5)]
+    masks = [selection.largest(values.view(2, 3), k, among).flatten().nonzero().flatten().tolist() for k in range(5)]
     order = [3, 0, 5, 1]
     assert masks == [sorted(order[:k]) for k in range(5)]
-    assert torch.equal(pattern.largest(values.view(2, 3), 6, among), among)
+    assert torch.equal(selection.largest(values.view(2, 3), 6, among), among)
     ties = torch.zeros(5).to(dtype)
-    assert [pattern.largest(ties, k).tolist() for k in (1, 4)] == [[True] + 4 * [False], 4 * [True] + [False]]
+    assert [selection.largest(ties, k).tolist() for k in (1, 4)] == [[True] + 4 * [False], 4 * [True] + [False]]
     if dtype.is_floating_point:
         values[1] = float("nan")
-        assert pattern.kth_largest(values, 1) != pattern.kth_largest(values, 1)
-        assert pattern.kth_largest(values, 2) == 7
+        assert selection.kth_largest(values, 1) != selection.kth_largest(values, 1)
+        assert selection.kth_largest(values, 2) == 7
 
 
 def test_nan_is_a_nonzero():
@@ -296,7 +296,7 @@ class TestNativeChecks:
 @pytest.mark.parametrize("shape", [(40, 200), (7, 65), (5, 30, 3, 3), (3, 70, 1, 1)])
 def test_what_is_empty(shape, native, monkeypatch):
     if not native:
-        monkeypatch.setattr("sparsebreg.pattern.native", lambda: None)
+        monkeypatch.setattr("sparsebreg.core.pattern.native", lambda: None)
     mask = torch.rand(shape) < 0.03
     mask[1], mask[:, -1] = False, False
     pattern = sb.SparsePattern.from_mask(mask)

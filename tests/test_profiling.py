@@ -7,8 +7,8 @@ from torch.autograd import profiler
 from torch.profiler import ProfilerActivity, profile
 
 import sparsebreg as sb
-from sparsebreg.core import extension
 from sparsebreg import lanes
+from sparsebreg.core import extension
 from sparsebreg.core.profiling import labelled
 
 

@@ -16,7 +16,18 @@ from sparsebreg.backends.protocol import Backend, Geometry, Layout
 from sparsebreg.core.errors import BackendError, check_choice
 from sparsebreg.core.extension import environment
 
-__all__ = ["NAMES", "Backend", "Geometry", "Layout", "available", "current", "set_backend", "use_backend", "why"]
+__all__ = [
+    "NAMES",
+    "Backend",
+    "Geometry",
+    "Layout",
+    "available",
+    "by_name",
+    "current",
+    "set_backend",
+    "use_backend",
+    "why",
+]
 
 #: Every backend, in the order of the automatic choice.
 NAMES = ("native", "numba", "reference")
@@ -65,6 +76,11 @@ def current() -> Backend:
         if not isinstance(backend := _load(name), BackendError):
             return backend
     raise BackendError("no backend can be used")  # reference needs only torch: unreachable in a sound installation
+
+
+def by_name(name: str) -> Backend:
+    """The backend of this name; an empty one means :func:`current`. Raises BackendError if it cannot load."""
+    return _named(name, "backend") if name else current()
 
 
 def available() -> dict[str, str]:

@@ -13,6 +13,7 @@ from sparsebreg.core import extension, memory
 from sparsebreg.core.errors import BackendError
 from sparsebreg.core.gradient import PendingGrad, resolve
 from sparsebreg.lanes import LANES, LaneTensor, fusion
+from sparsebreg.lanes.tensor import counter_of, hand_on
 
 #: The part of grad_y that may be nonzero for its lists to make the full gradient faster than a dense product does.
 MOST_NONZEROS = 0.6
@@ -163,6 +164,7 @@ class NativeBackend:
         factors = None if norm is None else norm.factors()
         grad, grad_norm = _gradient(grad_y, layout)
         grad_x, into_x = _result(tuple(x_shape), grad_y.dtype, x_layout) if needs[0] else (None, None)
+        hand_on(counter_of((x, grad_y)), grad_x)
         grad_values, grad_bias = _gradients(pattern, grad_y.dtype, needs)
         sums = None
         if grad_x is not None and norm is not None and norm.relu and grad_x.numel():

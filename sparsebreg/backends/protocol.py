@@ -21,14 +21,16 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
-    @functools.lru_cache(maxsize=1024)  # noqa: B019  instances are plain numbers
-    def output_size(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
+    def sizes(self, size: tuple[int, int], kernel: tuple[int, int]) -> tuple[int, int]:
         """(OH, OW) for an input of (H, W) and a kernel of (KH, KW)."""
         high, wide = (
             (size[i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i] - 1) - 1) // self.stride[i] + 1
             for i in (0, 1)
         )
         return high, wide
+
+    #: The same for plain numbers, kept.
+    output_size = functools.lru_cache(maxsize=1024)(sizes)
 
     def is_product(self, kernel: tuple[int, int], grad_y: torch.Tensor) -> bool:
         """Whether the gradient of the weight is a matrix product of grad_y (channels_last) as it lies in memory."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,18 @@ from sparsebreg.core.extension import native
 
 _INT32_MAX = 2**31 - 1
 
+#: Patterns by where their index lies in memory: operators get a pattern as index tensors and find it here. An entry
+#: lives as long as its pattern and thereby that memory, so that a place cannot mean another index.
+_by_place: weakref.WeakValueDictionary[Any, SparsePattern] = weakref.WeakValueDictionary()
+
+#: The same of index tensors that are no pattern's own, with these tensors; the latest ones.
+_foreign: OrderedDict[Any, tuple[SparsePattern, torch.Tensor, torch.Tensor]] = OrderedDict()
+_MOST_FOREIGN = 512
+
+
+def _place(rowptr: torch.Tensor, col: torch.Tensor, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    return rowptr.data_ptr(), col.data_ptr(), len(col), tuple(shape)
+
 
 def _int32(name: str, t: Any, size: int) -> torch.Tensor:
     if not isinstance(t, torch.Tensor) or t.dtype is not torch.int32 or t.device.type != "cpu":
@@ -23,41 +37,6 @@ def _int32(name: str, t: Any, size: int) -> torch.Tensor:
     if t.shape != (size,):
         raise ValueError(expected(name, f"shape ({size},)", tuple(t.shape)))
     return t.contiguous()
-
-
-def count_nonzero(weight: torch.Tensor) -> int:
-    """How many entries are not zero; on the CPU in a fifth of the time of ``torch.count_nonzero``, or less."""
-    weight = weight.detach()
-    if not weight.is_cpu or weight.dtype not in (torch.float32, torch.float64, torch.bool):
-        return int(weight.count_nonzero())
-    if (C := native()) is not None and weight.is_contiguous() and weight.dtype is not torch.bool:
-        return C.count_nonzeros(weight.numpy(), torch.get_num_threads())
-    return int(np.count_nonzero(weight.numpy() != 0))
-
-
-def kth_largest(values: torch.Tensor, k: int) -> float:
-    """The k-th largest of a flat tensor of numbers, k from 1 on; NaN counts as the largest."""
-    if values.is_cpu and values.dtype in (torch.float32, torch.float64):
-        return float(np.partition(values.numpy(), len(values) - k)[len(values) - k])  # up to ten times faster
-    return float(values.kthvalue(len(values) - k + 1).values)
-
-
-def largest(score: torch.Tensor, count: int, among: torch.Tensor | None = None) -> torch.Tensor:
-    """Boolean mask of the ``count`` largest entries; of equal ones the first. ``among``: of those in this mask only."""
-    flat = score.detach().reshape(-1)
-    places = None if among is None else among.reshape(-1).nonzero()[:, 0]
-    pool = flat if places is None else flat[places]
-    count = min(count, len(pool))
-    if count == 0:
-        return torch.zeros_like(score, dtype=torch.bool)
-    bound = kth_largest(pool, count)
-    chosen = pool >= bound
-    if (extra := count_nonzero(chosen) - count) > 0:
-        chosen[(pool == bound).nonzero()[-extra:, 0]] = False
-    if places is not None:
-        chosen, inside = torch.zeros_like(flat, dtype=torch.bool), chosen
-        chosen[places[inside]] = True
-    return chosen.view(score.shape)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,6 +99,7 @@ class SparsePattern:
         sizes = {"rows": self.shape[0], "cols": math.prod(self.shape[1:]), "nnz": len(self.col), "_cache": cache}
         for name, value in sizes.items():
             object.__setattr__(self, name, value)
+        _by_place[_place(self.rowptr, self.col, self.shape)] = self
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor) -> SparsePattern:
@@ -134,6 +114,24 @@ class SparsePattern:
         if mask.dim() < 2:
             raise ValueError(expected("mask", "two or more dimensions", mask.dim()))
         return cls._of_nonzeros(mask)
+
+    @classmethod
+    def of_index(cls, rowptr: torch.Tensor, col: torch.Tensor, shape: tuple[int, ...]) -> SparsePattern:
+        """The pattern with this index, not made anew where there is one over the same memory.
+
+        Raises:
+            TypeError, ValueError: as the class, for tensors that are not a pattern's own.
+        """
+        place = _place(rowptr, col, shape)
+        if (pattern := _by_place.get(place)) is not None:
+            return pattern
+        # Checked anew where somebody wrote to them.
+        key = place, *((0, 0) if rowptr.is_inference() else (rowptr._version, col._version))
+        if key not in _foreign:
+            _foreign[key] = cls(tuple(shape), rowptr.clone(), col.clone()), rowptr, col
+            if len(_foreign) > _MOST_FOREIGN:
+                _foreign.popitem(last=False)
+        return _foreign[key][0]
 
     @classmethod
     def from_nonzeros(cls, weight: torch.Tensor) -> SparsePattern:

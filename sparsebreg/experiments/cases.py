@@ -19,7 +19,7 @@ from sparsebreg import backends, lanes
 from sparsebreg.core.errors import RunError, expected
 from sparsebreg.experiments.shapes import NETWORKS, SUITES
 from sparsebreg.models import MODELS
-from sparsebreg.nn import to_fine
+from sparsebreg.nn.layer import adopt
 
 #: Parts of a layer's training step; "step" is forward and backward, "swap" a freeze and a thaw with optimizer state.
 #: "grad_weight" is the gradient of all weights of a convolution, as in a fine step.
@@ -176,8 +176,8 @@ def _sparse(dense: nn.Module, mask: torch.Tensor | None) -> nn.Module:
 
 
 def _fine(dense: nn.Module, mask: torch.Tensor | None) -> nn.Module:
-    layer = copy.deepcopy(dense)
-    to_fine(layer, None, 1.0)
+    layer = adopt(copy.deepcopy(dense))
+    layer.begin_fine(None, 1.0)
     return layer
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import sparsebreg as sb
 from sparsebreg.optim import BregmanOptimizer
-from sparsebreg.optim.base import REGULARISED
+from sparsebreg.optim.groups import dense_layers
 from sparsebreg.optim.initialize import DISTRIBUTIONS
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _sgd(model: nn.Module, c: Config, steps: int) -> tuple[torch.optim.Optimizer
 
 def _small(model: nn.Module) -> list[str]:
     """Layers with less than one in 2000 of the weights: a pattern of their own would save nothing and cost accuracy."""
-    sizes = {name: m.weight.numel() for name, m in model.named_modules() if isinstance(m, REGULARISED)}
+    sizes = {name: m.weight.numel() for name, m in dense_layers(model)}
     return [name for name, size in sizes.items() if 2000 * size < sum(sizes.values())]
 
 

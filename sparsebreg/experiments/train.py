@@ -34,7 +34,7 @@ from sparsebreg.experiments.files import atomic, locked, prepare_folder, write
 from sparsebreg.experiments.methods import METHODS, layer_targets
 from sparsebreg.experiments.timing import interleave
 from sparsebreg.models import MODELS
-from sparsebreg.swap.convert import iter_masks
+from sparsebreg.swap.inspect import iter_masks
 
 #: Phases by their number in steps.npz.
 PHASES = ("fine", "coarse")

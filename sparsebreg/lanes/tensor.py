@@ -57,7 +57,7 @@ class LaneTensor(torch.Tensor):
         if handler is not None:
             result = handler(func, args, kwargs)
             if result is not NotImplemented:
-                return hand_on(_counter_of(args), result)
+                return hand_on(counter_of(args), result)
         return _on_plain(func, args, kwargs)
 
     def __repr__(self, *, tensor_contents=None) -> str:
@@ -95,11 +95,11 @@ def hand_on(unpacked: Counter[str] | None, result: Any) -> Any:
     return result
 
 
-def _counter_of(args: Any) -> Counter[str] | None:
+def counter_of(args: Any) -> Counter[str] | None:
     for a in args:
         if isinstance(a, LaneTensor):
             return a._cell.unpacked
-        if isinstance(a, (list, tuple)) and (found := _counter_of(a)) is not None:
+        if isinstance(a, (list, tuple)) and (found := counter_of(a)) is not None:
             return found
     return None
 
@@ -185,7 +185,7 @@ def _on_plain(func, args, kwargs):
     if func in _LIKE:
         x = args[0]
         return func(torch.empty((), dtype=x.dtype).expand(x.shape), *args[1:], **kwargs)
-    if func not in _EXPECTED and (unpacked := _counter_of(args)) is not None:
+    if func not in _EXPECTED and (unpacked := counter_of(args)) is not None:
         unpacked[func._schema.name.removeprefix("aten::")] += 1
     shared, written = _roles(func)
     originals: dict[int, LaneTensor] = {}

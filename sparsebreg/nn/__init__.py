@@ -1,17 +1,8 @@
-"""Sparse layers."""
+"""Sparse layers: parameters and state, no maths."""
 
-from sparsebreg.nn.layers import *  # noqa
-from sparsebreg.nn.layers import (
-    kind,
-    sparse_form,
-    to_plain,
-    to_swapped,
-    unsupported,
-    form,
-    geometry_of,
-    is_channels_last,
-    to_fine,
-    functional,
-    FineConv2d,
-    FineLinear,
-)
+from sparsebreg import ops as functional
+from sparsebreg.nn.conv2d import SparseConv2d
+from sparsebreg.nn.layer import SparseLayer
+from sparsebreg.nn.linear import SparseLinear
+
+__all__ = ["SparseConv2d", "SparseLayer", "SparseLinear", "functional"]

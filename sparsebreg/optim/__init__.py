@@ -1,7 +1,8 @@
 """Bregman optimizers."""
 
 from sparsebreg.optim.adabreg import AdaBreg
-from sparsebreg.optim.base import BregmanOptimizer, param_groups
+from sparsebreg.optim.base import BregmanOptimizer
+from sparsebreg.optim.groups import param_groups
 from sparsebreg.optim.linbreg import LinBreg
 from sparsebreg.optim.proxsgd import ProxSGD
 

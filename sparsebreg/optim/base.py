@@ -2,92 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd import profiler
 
 from sparsebreg.core import extension, memory
-from sparsebreg.core.errors import check_choice, check_real, expected
+from sparsebreg.core.errors import check_real, expected
 from sparsebreg.core.gradient import PendingGrad, resolve
 from sparsebreg.core.pattern import SparsePattern
 from sparsebreg.optim import regularizers
+from sparsebreg.optim.groups import check_reg
 from sparsebreg.optim.regularizers import L1, NoReg, Regularizer
-
-#: Modules whose weight is regularised by ``param_groups``.
-REGULARISED = (nn.Linear, nn.modules.conv._ConvNd)
-
-#: A regularizer by layer name, or a function of (name, module); None stands for the common one.
-PerLayer = Mapping[str, Regularizer] | Callable[[str, nn.Module], "Regularizer | None"]
 
 #: Parameters are updated together up to this many weights: fewer calls, and all that a batch touches fits in the cache.
 _BATCH = 1 << 15
-
-
-def _check_reg(reg: Any) -> Regularizer:
-    if not isinstance(reg, Regularizer):
-        raise TypeError(expected("reg", "a regularizer such as sparsebreg.L1(0.05)", repr(reg)))
-    return reg
-
-
-def param_groups(
-    model: nn.Module, reg: Regularizer, per_layer: PerLayer | None = None, scale: str | None = None
-) -> list[dict[str, Any]]:
-    """Parameter groups: the weights of linear and convolution layers with ``reg``, all other parameters without.
-
-    Args:
-        model: any module.
-        reg: the regularizer of all layers that do not bring their own.
-        per_layer: other regularizers for some layers: a mapping from qualified names, or a function called with
-            (name, module) that returns a regularizer or None for ``reg``. Layers with equal ones share a group.
-        scale: "fan_in" multiplies the ``lam`` of each layer by c / √fan_in, the scale of a weight at initialisation,
-            with fan_in = ``weight[0].numel()`` and the c for which the factors have mean 1 over all these weights.
-
-    Raises:
-        TypeError: if ``model`` is not a module or a regularizer not one (with ``scale``: not one with a ``lam``).
-        ValueError: if nothing would be regularised, ``per_layer`` names no such layer, or ``scale`` is unknown.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(expected("model", "a torch.nn.Module", type(model).__name__))
-    _check_reg(reg)
-    layers: dict[int, tuple[str, nn.Module]] = {}
-    for name, m in model.named_modules():
-        if isinstance(m, REGULARISED) and m.weight is not None:
-            layers.setdefault(id(m.weight), (name, m))  # a weight that modules share is that of the first
-    parameters = list(model.parameters())
-    weights = [p for p in parameters if id(p) in layers]
-    if not weights:
-        raise ValueError(expected("model", "linear or convolution layers to regularise", "a model without any"))
-    names = [layers[id(p)][0] for p in weights]
-    own: list[Regularizer | None] = [None] * len(weights)
-    if isinstance(per_layer, Mapping):
-        if unknown := [n for n in per_layer if n not in names]:
-            raise ValueError(expected("per_layer", f"names among {', '.join(names)}", repr(unknown[0])))
-        own = [per_layer.get(n) for n in names]
-    elif callable(per_layer):
-        own = [per_layer(*layers[id(p)]) for p in weights]
-    elif per_layer is not None:
-        raise TypeError(expected("per_layer", "a mapping or a function", type(per_layer).__name__))
-    regs = [reg if r is None else _check_reg(r) for r in own]
-    if scale is not None:
-        check_choice("scale", scale, ["fan_in"])
-        if lazy := [n for n, p in zip(names, weights, strict=True) if nn.parameter.is_lazy(p)]:
-            raise ValueError(expected("model", "initialised layers for scale='fan_in'", f"a lazy '{lazy[0]}'"))
-        factors = [math.prod(p.shape[1:]) ** -0.5 if p.numel() else 1.0 for p in weights]
-        sizes = [p.numel() for p in weights]
-        mean = sum(f * n for f, n in zip(factors, sizes, strict=True)) / max(1, sum(sizes)) or 1.0
-        regs = [r if isinstance(r, NoReg) else r.with_lam(r.lam * f / mean) for r, f in zip(regs, factors, strict=True)]
-    groups: list[dict[str, Any]] = []
-    for p, r in zip(weights, regs, strict=True):
-        group = next((g for g in groups if g["reg"] == r), None)
-        if group is None:
-            groups.append(group := {"params": [], "reg": r})
-        group["params"].append(p)
-    rest = [p for p in parameters if id(p) not in layers]
-    return [*groups, {"params": rest, "reg": NoReg()}] if rest else groups
 
 
 class BregmanOptimizer(torch.optim.Optimizer):
@@ -105,8 +35,8 @@ class BregmanOptimizer(torch.optim.Optimizer):
     Attributes:
         patterns: the pattern of every parameter that is the ``values`` of a sparse layer; kept up to date by the swaps,
             which also restore it when a run is resumed.
-        fine_layers: layers of the fine phase by their weight, as :class:`sparsebreg.Multilevel` sets them: a step
-            hands them their active weights as soon as it has moved them.
+        fine_layers: states of the layers in the fine phase (``sparsebreg.nn.layer.Fine``) by their weight, as
+            :class:`sparsebreg.Multilevel` sets them: a step hands them the active weights as soon as it has moved them.
     """
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
@@ -137,7 +67,7 @@ class BregmanOptimizer(torch.optim.Optimizer):
         check_real("weight_decay", options["weight_decay"], low=0)
         if "delta" in self.defaults:
             check_real("delta", options["delta"], low=0, strict=True)
-        _check_reg(options["reg"])
+        check_reg(options["reg"])
 
     def _move_dual(
         self, params: list[Any], grads: list[Any], states: list[dict[str, Any]], group: dict[str, Any]
@@ -151,7 +81,7 @@ class BregmanOptimizer(torch.optim.Optimizer):
 
     def _gather(self, p: torch.Tensor) -> tuple[Any, Any] | None:
         """Where the native step gathers the weights that it moves, as the extension takes it: index and values."""
-        pattern = getattr(self.fine_layers.get(p), "_pattern", None)
+        pattern = getattr(self.fine_layers.get(p), "pattern", None)
         if pattern is None or not p.is_contiguous():
             return None
         return pattern.native_index(), memory.empty_array((pattern.nnz,), p.dtype)
@@ -160,7 +90,7 @@ class BregmanOptimizer(torch.optim.Optimizer):
         """After a native step, which gathered to ``gather`` if all nonzero weights are ``inside`` of its pattern."""
         torch.autograd.graph.increment_version(p)  # written behind autograd's back
         if gather is not None:
-            self.fine_layers[p].keep(torch.from_numpy(gather[1]) if inside else None)
+            self.fine_layers[p].keep(p, torch.from_numpy(gather[1]) if inside else None)
 
     def _start(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Makes the state that is missing: v⁰ = θ⁰/δ + ∂J(θ⁰)."""

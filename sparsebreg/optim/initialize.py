@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsebreg.core.errors import check_choice, check_real, expected
-from sparsebreg.optim.base import REGULARISED
+from sparsebreg.optim.groups import dense_layers
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -22,8 +22,8 @@ def _layers(model: nn.Module, filter_fn: Filter | None) -> dict[str, nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a torch.nn.Module", type(model).__name__))
     layers, seen = {}, set()
-    for name, m in model.named_modules():
-        if isinstance(m, REGULARISED) and (filter_fn is None or filter_fn(m, name)) and id(m.weight) not in seen:
+    for name, m in dense_layers(model):
+        if (filter_fn is None or filter_fn(m, name)) and id(m.weight) not in seen:
             seen.add(id(m.weight))
             layers[name] = m
     if not layers:

@@ -32,7 +32,8 @@ from sparsebreg import backends, lanes
 from sparsebreg._version import __version__
 from sparsebreg.core.errors import expected
 from sparsebreg.core.pattern import SparsePattern
-from sparsebreg.nn import form, geometry_of
+from sparsebreg.nn.conv2d import geometry_of
+from sparsebreg.nn.layer import KINDS, plain_class
 
 __all__ = ["Calibration", "calibrate"]
 
@@ -124,7 +125,7 @@ class Load(NamedTuple):
 def _step(layer: nn.Module, x: torch.Tensor, how: str) -> Callable[[], None]:
     """A forward and backward pass of the layer, which is this function's to change."""
     if how == "lanes":
-        layer.lanes, x = True, lanes.from_plain(x)
+        layer.state.lanes, x = True, lanes.from_plain(x)
     elif how == "channels_last":
         layer, x = (t.to(memory_format=torch.channels_last) for t in (layer, x))
     x = x.detach().requires_grad_()
@@ -170,7 +171,7 @@ def measure(
         x_shape: of its input.
         sparse, dense: how each is computed; as in :data:`Costs`.
     """
-    layer = form(module)(module, pattern)
+    layer = KINDS[plain_class(module)].over(module, pattern)
     if module.bias is not None:
         layer.bias = nn.Parameter(module.bias.detach().clone())
     twin, x = layer.to_dense(), _random(x_shape, module.weight.dtype)
@@ -224,7 +225,7 @@ def _fitted(kind: str) -> dict[str, tuple[float, float, float]]:
                 found.append((how, load.weights, _step(copy.deepcopy(module), x, how)))
             elif how != "lanes" or with_lanes:
                 for density in _DENSITIES:
-                    layer = form(module).from_dense(module, torch.rand_like(module.weight) < density)
+                    layer = KINDS[type(module)].from_dense(module, torch.rand_like(module.weight) < density)
                     found.append((how, layer.pattern.nnz, _step(layer, x, how)))
         for (how, weights, _), ms in zip(found, _medians((s for *_, s in found), 5, 0.15), strict=True):
             count = (load.padded if how in SPARSE else load.positions) / threads

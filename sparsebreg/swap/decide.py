@@ -14,8 +14,8 @@ from sparsebreg import backends
 from sparsebreg.core.errors import SwapError, check_choice, check_real, expected
 from sparsebreg.core.pattern import SparsePattern
 from sparsebreg.lanes import LANES
-from sparsebreg.nn import is_channels_last, unsupported
-from sparsebreg.optim.base import REGULARISED
+from sparsebreg.nn.layer import is_channels_last, unsupported
+from sparsebreg.optim.groups import dense_layers
 from sparsebreg.swap import costs
 from sparsebreg.swap.costs import Load
 
@@ -90,7 +90,7 @@ def learn_inputs(model: nn.Module, example_input: torch.Tensor | tuple[Any, ...]
 
         return hook
 
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, REGULARISED)]
+    layers = list(dense_layers(model))
     handles = [m.register_forward_pre_hook(note(n)) for n, m in layers]
     modes = [(m, m.training) for m in model.modules()]
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)

@@ -12,8 +12,9 @@ from torch import nn
 
 from sparsebreg.core.errors import check_choice, check_int, check_real, expected
 from sparsebreg.core.extension import native
-from sparsebreg.core.pattern import count_nonzero, kth_largest
-from sparsebreg.optim.base import REGULARISED, BregmanOptimizer, shared
+from sparsebreg.core.selection import count_nonzero, kth_largest
+from sparsebreg.optim.base import BregmanOptimizer, shared
+from sparsebreg.optim.groups import dense_layers
 from sparsebreg.optim.regularizers import L1
 from sparsebreg.training.multilevel import Multilevel
 
@@ -226,7 +227,7 @@ class LambdaScheduler:
         if self.cycle is None:
             return [], 0
         reached = {id(p) for g in regularised for p in g["params"]}
-        layers = {id(m.weight): m for m in self.cycle.model.modules() if isinstance(m, REGULARISED)}
+        layers = {id(m.weight): m for _, m in dense_layers(self.cycle.model)}
         fixed = [m for i, m in layers.items() if i not in reached]
         return fixed, sum(m.weight.numel() for m in fixed)
 
@@ -260,7 +261,7 @@ class LambdaScheduler:
             p = self.optimizer.param_groups[i]["params"][j]
             state = self.optimizer.state.get(p, {})
             layer = self.optimizer.fine_layers.get(p)
-            kept = None if layer is None else layer.kept  # the nonzeros, or None
+            kept = None if layer is None else layer.kept(p)  # the nonzeros, or None
             active = state.get("active", p.detach() if kept is None else kept)
             counts.append(p.numel() if p in self.optimizer.patterns else count_nonzero(active))
         return counts

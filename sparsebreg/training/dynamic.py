@@ -14,11 +14,14 @@ import torch
 from torch import nn
 
 from sparsebreg.core.errors import SwapError, check_choice, check_int, check_real, expected
-from sparsebreg.core.pattern import largest
-from sparsebreg.optim.base import REGULARISED, BregmanOptimizer
+from sparsebreg.core.selection import largest
+from sparsebreg.optim.base import BregmanOptimizer
+from sparsebreg.optim.groups import dense_layers, is_dense
 from sparsebreg.optim.initialize import DISTRIBUTIONS, layer_densities
-from sparsebreg.swap.convert import SwapReport, carry_out, plan_freeze, thaw
+from sparsebreg.swap.carry_out import carry_out, thaw
 from sparsebreg.swap.decide import Decider, Filter, SparsifyConfig
+from sparsebreg.swap.plan import plan_freeze
+from sparsebreg.swap.report import SwapReport
 from sparsebreg.training.multilevel import PHASES
 
 Distribution = str | Mapping[str, float]
@@ -56,7 +59,7 @@ class MaskedTraining:
         self.generator = torch.Generator().manual_seed(check_int("seed", seed, low=0))
         self._decider = Decider(self.config)
         plan_freeze(model, self._decider, filter_fn, optimizer)  # raises for a model that cannot be swapped
-        weights = [m.weight for m in model.modules() if isinstance(m, REGULARISED)]
+        weights = [m.weight for _, m in dense_layers(model)]
         if len({id(w) for w in weights}) < len(weights):
             raise SwapError(expected("model", "layers with weights of their own", "one that shares a weight"))
         self.masks: dict[str, torch.Tensor] = {}
@@ -121,7 +124,7 @@ class MaskedTraining:
 
     def _dense(self) -> dict[str, nn.Module]:
         modules = dict(self.model.named_modules())
-        return {n: modules[n] for n in self.masks if isinstance(modules[n], REGULARISED)}
+        return {n: modules[n] for n in self.masks if is_dense(modules[n])}
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -220,7 +223,7 @@ class _DropAndGrow(MaskedTraining):
         self.stop_after = None if stop_after is None else check_int("stop_after", stop_after, low=1)
         super().__init__(model, optimizer, config, filter_fn, seed)
         if density is None:
-            layers = {n: m.weight for n, m in model.named_modules() if isinstance(m, REGULARISED)}
+            layers = {n: m.weight for n, m in dense_layers(model)}
             layers = {n: w for n, w in layers.items() if filter_fn is None or filter_fn(model.get_submodule(n), n)}
             self.masks = {n: w.detach() != 0 for n, w in layers.items()}
         else:

@@ -14,12 +14,16 @@ import torch
 from torch import nn
 
 from sparsebreg.core.errors import SwapError, check_choice, check_int, expected
-from sparsebreg.core.pattern import SparsePattern, count_nonzero, largest
-from sparsebreg.nn import to_fine, to_plain
+from sparsebreg.core.pattern import SparsePattern
+from sparsebreg.core.selection import count_nonzero, largest
+from sparsebreg.nn.layer import SparseLayer, adopt, is_frozen, release
 from sparsebreg.optim.base import BregmanOptimizer
 from sparsebreg.optim.regularizers import L1, L1NonNegative, NoReg
-from sparsebreg.swap.convert import Plan, SwapReport, carry_out, plan_freeze, report_of, sparse_layers, thaw
+from sparsebreg.swap.carry_out import carry_out, thaw
 from sparsebreg.swap.decide import Decider, Filter, SparsifyConfig
+from sparsebreg.swap.inspect import sparse_layers
+from sparsebreg.swap.plan import Plan, plan_freeze
+from sparsebreg.swap.report import SwapReport, report_of
 from sparsebreg.training.schedules import Level, PlateauCoarse
 
 PHASES = ("fine", "coarse")
@@ -224,7 +228,7 @@ class Multilevel:
         self._enter_fine()
         self.optimizer.fine_layers = {}
         for name in self._able:
-            to_plain(self.model.get_submodule(name))
+            release(self.model.get_submodule(name))
 
     def _enter_fine(self) -> None:
         if self.phase == "coarse":
@@ -237,9 +241,9 @@ class Multilevel:
                     p.grad = None
         self.optimizer.fine_layers = {}
         for name in self._able:
-            module = self.model.get_submodule(name)
-            to_fine(module, self._patterns.get(name), 1 - self._decider.least_sparsity(name, module))
-            self.optimizer.fine_layers[module.weight] = module
+            layer = adopt(self.model.get_submodule(name))
+            layer.begin_fine(self._patterns.get(name), 1 - self._decider.least_sparsity(name, layer))
+            self.optimizer.fine_layers[layer.weight] = layer.state
         self.phase, self.coarse_done = "fine", 0
         self._wide, self._held = dict(self._patterns), {}
         self._patterns, self._masks = {}, {}
@@ -247,11 +251,11 @@ class Multilevel:
     def _widen(self) -> None:
         """Gives room to the patterns that layers had to make in the latest step, so that they hold for longer."""
         for name in self._able:
-            module = self.model.get_submodule(name)
-            pattern = getattr(module, "_pattern", None)
-            if pattern is None:
+            layer = self.model.get_submodule(name)
+            fine, weight = layer.state, layer.weight
+            if (pattern := fine.pattern) is None:
                 continue
-            if pattern is self._wide.get(name) and not module.outgrown:
+            if pattern is self._wide.get(name) and not fine.outgrown(weight):
                 if name in self._held:
                     self._held[name] += 1
                 continue
@@ -259,12 +263,11 @@ class Multilevel:
             if name in self._held:
                 slack *= _CHANGE if self._held[name] < _HELD[0] else 1 / _CHANGE if self._held[name] > _HELD[1] else 1
                 self._slack[name] = slack = min(_MOST_SLACK, max(_LEAST_SLACK, slack))
-            near = self.optimizer.weaker(module.weight, slack)
+            near = self.optimizer.weaker(weight, slack)
             if near is not None:
                 self._held[name] = 0
-                most = int(module._max_density * module.weight.numel())
-                module._pattern = SparsePattern.of_at_most(near[0], most, near[1]) or pattern
-            self._wide[name] = module._pattern
+                fine.pattern = SparsePattern.of_at_most(near[0], fine.most(weight), near[1]) or pattern
+            self._wide[name] = fine.pattern
 
     def _carry_out(self, plan: Plan) -> None:
         carry_out(self.model, plan, self.optimizer, keep_grads=False)
@@ -272,7 +275,7 @@ class Multilevel:
         self._wide, self._held, self.optimizer.fine_layers = {}, {}, {}
         for name in self._able:
             if name not in plan.patterns:  # too dense for now
-                to_plain(self.model.get_submodule(name))
+                self.model.get_submodule(name).end_fine()
 
     def state_dict(self) -> dict[str, Any]:
         """Phase, counters and patterns as plain data; loads with ``torch.load(weights_only=True)``.
@@ -298,8 +301,11 @@ class Multilevel:
 
     def _fine_patterns(self) -> dict[str, SparsePattern]:
         """What the layers compute over in the fine phase: kept in checkpoints, since it decides the order of sums."""
-        patterns = {n: getattr(self.model.get_submodule(n), "_pattern", None) for n in self._able}
-        return {n: p for n, p in patterns.items() if p is not None} if self.phase == "fine" else {}
+        if self.phase != "fine":
+            return {}
+        layers = {n: self.model.get_submodule(n) for n in self._able}
+        patterns = {n: m.pattern if isinstance(m, SparseLayer) else None for n, m in layers.items()}
+        return {n: p for n, p in patterns.items() if p is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Brings the model into the saved phase, with the saved patterns.
@@ -322,15 +328,10 @@ class Multilevel:
         modules = dict(self.model.named_modules())
         for name, pattern in patterns.items():
             module = modules.get(name)
-            shape = getattr(module, "pattern", getattr(module, "weight", None))
-            if shape is None or tuple(shape.shape) != pattern.shape:
-                raise ValueError(
-                    expected(
-                        f"patterns['{name}']",
-                        f"shape {tuple(shape.shape) if shape is not None else 'of a layer'}",
-                        pattern.shape,
-                    )
-                )
+            weight = module.pattern if is_frozen(module) else getattr(module, "weight", None)
+            if weight is None or tuple(weight.shape) != pattern.shape:
+                wanted = f"shape {tuple(weight.shape)}" if weight is not None else "the name of a layer"
+                raise ValueError(expected(f"patterns['{name}']", wanted, pattern.shape))
         parameters = {
             n.removesuffix(".values") + ".weight" if n.endswith(".values") else n: p
             for n, p in self.model.named_parameters()

@@ -438,7 +438,7 @@ def test_wrong_results_are_not_timed(tiny, monkeypatch):
     kind = type(backends.current())
     forward = kind.linear_forward
     monkeypatch.setattr(kind, "linear_forward", lambda *a: forward(*a) * 1.01)
-    with pytest.raises(sb.errors.RunError, match=r"sparse density=0.1: result: .* relative error of 0.01"):
+    with pytest.raises(sb.core.errors.RunError, match=r"sparse density=0.1: result: .* relative error of 0.01"):
         measure(case, [0.1])
 
 
@@ -453,7 +453,7 @@ def test_wrong_gradients_are_not_timed(tiny, monkeypatch):
     monkeypatch.setattr(kind, "conv2d_backward", wrong)
     measure(Case("conv", "small_conv", "grad_x", 16), [0.2], budget=1e-3)
     for part in ("grad_values", "step"):
-        with pytest.raises(sb.errors.RunError, match="result: expected that of the dense layer"):
+        with pytest.raises(sb.core.errors.RunError, match="result: expected that of the dense layer"):
             measure(Case("conv", "small_conv", part, 16), [0.2], budget=1e-3)
 
 

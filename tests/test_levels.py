@@ -51,7 +51,7 @@ def weights(model):
 def test_equals_masked_dense_training(kind, rule, config, levels):
     """Weights after every step, and v and momentum at the end of cycles, are those of dense tensors and masks."""
     model, optimizer, cycle, data = make(kind, levels, config, rule)
-    twin = sb.convert.dense_copy(model)
+    twin = sb.swap.carry_out.dense_copy(model)
     options = RULES[rule][2]
     plainly = plain.Training(
         twin, RULES[rule][1](**options), sb.L1(0.01), 12, [(v.every, v.steps, v.keep) for v in levels]

@@ -132,10 +132,10 @@ values = pattern.gather(weight).requires_grad_(wanted != "x")
 x = torch.randn(1, 512, 8, 256).requires_grad_(wanted != "values")
 
 def run():
-    y = sb.nn.functional.sparse_conv2d(x, pattern, values, None, sb.functional.Geometry(padding=(1, 1)))
+    y = sb.nn.functional.sparse_conv2d(x, pattern, values, None, sb.nn.functional.Geometry(padding=(1, 1)))
     if wanted == "forward":
         limit()
-        return sb.nn.functional.sparse_conv2d(x, pattern, values, None, sb.functional.Geometry(padding=(1, 1)))
+        return sb.nn.functional.sparse_conv2d(x, pattern, values, None, sb.nn.functional.Geometry(padding=(1, 1)))
     limit()
     y.sum().backward()
 

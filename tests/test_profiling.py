@@ -35,7 +35,8 @@ def test_labels_of_a_cycle(backend):
         for _ in range(4):  # fine, coarse, coarse, fine
             step()
     counts = {e.key: e.count for e in p.key_averages()}
-    wanted = {"conv2d": 8, "conv2d_backward": 8, "linear": 4, "linear_backward": 4, "weight_grad": 6}
+    # The native full gradient of a convolution brings that of the bias: then nothing is left to do for the first layer.
+    wanted = {"conv2d": 8, "conv2d_backward": 6 if backend == "native" else 8, "linear": 4, "linear_backward": 4, "weight_grad": 6}
     wanted |= {"plan": 2, "freeze": 2, "thaw": 1}
     if backend == "native":
         # Between the convolutions the norm and its gradient are never computed for themselves.

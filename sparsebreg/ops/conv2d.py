@@ -255,7 +255,7 @@ def _conv2d_backward_kernel(
 ):
     geometry, backend = _geometry(stride, padding, dilation, groups), backends.by_name(backend)
     pattern = pattern_of(_places(rowptr, col, x_shape[1], kernel_size, groups))
-    _check(grad_y.new_empty(0).expand(0, *x_shape[1:]), pattern, values, None, None, geometry)
+    _check(grad_y.new_empty(0, *x_shape[1:]), pattern, values, None, None, geometry)
     check_input("grad_y", grad_y, values.dtype)
     size = x_shape[0], pattern.rows, *geometry.output_size(tuple(x_shape[2:]), pattern.shape[2:])
     if grad_y.shape != size:

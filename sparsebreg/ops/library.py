@@ -36,9 +36,9 @@ class Operation(torch.autograd.Function):
     """A differentiable operation. ``torch.vmap`` maps it by a loop."""
 
     @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         def sample(i: int) -> Any:
-            return cls.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            return cls.apply(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)))
 
         made = [sample(i) for i in range(info.batch_size)]
         if isinstance(made[0], torch.Tensor):

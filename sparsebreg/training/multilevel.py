@@ -252,9 +252,9 @@ class Multilevel:
         """Gives room to the patterns that layers had to make in the latest step, so that they hold for longer."""
         for name in self._able:
             layer = self.model.get_submodule(name)
-            fine, weight = layer.state, layer.weight
-            if (pattern := fine.pattern) is None:
+            if not (isinstance(layer, SparseLayer) and layer.fine and layer.pattern is not None):
                 continue
+            fine, weight, pattern = layer.state, layer.weight, layer.pattern
             if pattern is self._wide.get(name) and not fine.outgrown(weight):
                 if name in self._held:
                     self._held[name] += 1

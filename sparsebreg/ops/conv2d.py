@@ -97,12 +97,16 @@ class Conv2dBackward(Operation):
         pattern, geometry, _ = ctx.rest
         products = [(of_grad_x, values), (x, of_grad_values if ctx.needs[1] else None)]
         rest = pattern, geometry, Layout.PLAIN, False, ctx.backend
-        terms = [Conv2d.apply(_dense(a), b, None, None, *rest) for a, b in products if a is not None and b is not None]
+        terms = [
+            Conv2d.apply(_dense(a), b.contiguous(), None, None, *rest)
+            for a, b in products
+            if a is not None and b is not None
+        ]
         bias = None if of_grad_bias is None else of_grad_bias.view(1, -1, 1, 1).expand(grad_y.shape)
         grad_x = grad_values = None
         if of_grad_values is not None:
             needs = True, False, False
-            grad_x = Conv2dBackward.apply(grad_y, None, of_grad_values, *ctx.rest, needs, ctx.backend)[0]
+            grad_x = Conv2dBackward.apply(grad_y, None, of_grad_values.contiguous(), *ctx.rest, needs, ctx.backend)[0]
         if of_grad_x is not None:
             needs = False, True, False
             grad_values = Conv2dBackward.apply(grad_y, _dense(of_grad_x), values, *ctx.rest, needs, ctx.backend)[1]
@@ -280,7 +284,7 @@ def _conv2d_backward_fake(grad_y, x, rowptr, col, values, x_shape, kernel_size, 
 def _conv2d_backward_autograd(
     grad_y, x, rowptr, col, values, x_shape, kernel_size, stride, padding, dilation, groups, needs, backend=""
 ):
-    rest = _geometry(stride, padding, dilation, groups), x_shape, tuple(needs), backends.by_name(backend)
+    rest = _geometry(stride, padding, dilation, groups), tuple(x_shape), tuple(needs), backends.by_name(backend)
     places = _places(rowptr, col, x_shape[1], kernel_size, groups)
     return or_empty(Conv2dBackward.apply(grad_y, x, values, places, *rest), values)
 
@@ -309,7 +313,7 @@ _conv2d_weight_grad = register(
     _conv2d_weight_grad_kernel,
     lambda grad_y, x, shape, *_: x.new_empty(shape),
     lambda grad_y, x, shape, stride, padding, dilation, groups, backend="": Conv2dWeightGrad.apply(
-        grad_y, x, shape, _geometry(stride, padding, dilation, groups), backends.by_name(backend)
+        grad_y, x, tuple(shape), _geometry(stride, padding, dilation, groups), backends.by_name(backend)
     ),
     lambda grad_y, x, shape, *_, **__: 2 * math.prod(shape) * math.prod(grad_y) // grad_y[1],
 )

@@ -84,13 +84,21 @@ class LinearBackward(Operation):
         grad_y, x, values = ctx.saved_tensors
         rest = ctx.pattern, ctx.backend
         products = [(of_grad_x, values), (x, of_grad_values if ctx.needs[1] else None)]
-        terms = [Linear.apply(a, b, None, None, *rest) for a, b in products if a is not None and b is not None]
+        terms = [
+            Linear.apply(_rows(a), b.contiguous(), None, None, *rest)
+            for a, b in products
+            if a is not None and b is not None
+        ]
         bias = None if of_grad_bias is None else of_grad_bias.expand(len(grad_y), -1)
         grad_x = grad_values = None
         if of_grad_values is not None:
-            grad_x = LinearBackward.apply(grad_y, None, of_grad_values, rest[0], (True, False, False), rest[1])[0]
+            grad_x = LinearBackward.apply(
+                grad_y, None, of_grad_values.contiguous(), rest[0], (True, False, False), rest[1]
+            )[0]
         if of_grad_x is not None:
-            grad_values = LinearBackward.apply(grad_y, of_grad_x, values, rest[0], (False, True, False), rest[1])[1]
+            grad_values = LinearBackward.apply(
+                grad_y, _rows(of_grad_x), values, rest[0], (False, True, False), rest[1]
+            )[1]
         return added(*terms, bias), grad_x, grad_values, None, None, None
 
 

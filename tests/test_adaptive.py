@@ -48,11 +48,11 @@ def run(model, optimizer, cycle, scheduler, steps, start=0):
 
 
 def sparsities(model):
-    return [1 - a / t for _, a, t in sb.swap.iter_weights(model)]
+    return [1 - a / t for _, a, t in sb.swap.inspect.iter_weights(model)]
 
 
 def sparsity(model):
-    counts = list(sb.swap.iter_weights(model))
+    counts = list(sb.swap.inspect.iter_weights(model))
     return 1 - sum(a for _, a, _ in counts) / sum(t for _, _, t in counts)
 
 

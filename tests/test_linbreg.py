@@ -197,7 +197,7 @@ def test_other_bad_options():
 class TestParamGroups:
     def test_split(self):
         model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(4, 3), nn.Embedding(3, 4))
-        groups = base.param_groups(model, sb.L1(0.1))
+        groups = sb.param_groups(model, sb.L1(0.1))
         assert [g["reg"] for g in groups] == [sb.L1(0.1), sb.NoReg()]
         assert [id(p) for p in groups[0]["params"]] == [id(model[0].weight), id(model[2].weight)]
         assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
@@ -205,7 +205,7 @@ class TestParamGroups:
     def test_tied_weight_once(self):
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
         model[1].weight = model[0].weight
-        assert len(base.param_groups(model, sb.L1(0.1))[0]["params"]) == 1
+        assert len(sb.param_groups(model, sb.L1(0.1))[0]["params"]) == 1
 
     def model(self):
         return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3, bias=False), nn.Sequential(nn.Conv2d(4, 2, 2)))

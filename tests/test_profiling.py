@@ -36,7 +36,13 @@ def test_labels_of_a_cycle(backend):
             step()
     counts = {e.key: e.count for e in p.key_averages()}
     # The native full gradient of a convolution brings that of the bias: then nothing is left to do for the first layer.
-    wanted = {"conv2d": 8, "conv2d_backward": 6 if backend == "native" else 8, "linear": 4, "linear_backward": 4, "weight_grad": 6}
+    wanted = {
+        "conv2d": 8,
+        "conv2d_backward": 6 if backend == "native" else 8,
+        "linear": 4,
+        "linear_backward": 4,
+        "weight_grad": 6,
+    }
     wanted |= {"plan": 2, "freeze": 2, "thaw": 1}
     if backend == "native":
         # Between the convolutions the norm and its gradient are never computed for themselves.

@@ -46,9 +46,9 @@ def problem(loss):
 def dense(model, optimizer):
     """(θ, v) as dense tensors, whatever the phase."""
     layer = model[0]
-    if isinstance(layer, sb.nn.SparseLinear):
+    if getattr(layer, "frozen", False):
         state = optimizer.state[layer.values]
-        return layer.weight, layer.pattern.scatter(state["dual"], state["frozen"]["dual"].clone())
+        return layer.weight.detach(), layer.pattern.scatter(state["dual"], state["frozen"]["dual"].clone())
     return layer.weight.detach().clone(), optimizer.state[layer.weight]["dual"].clone()
 
 
@@ -192,9 +192,9 @@ class TestRestrictionAndProlongation:
             zeros += int((layer.values == 0).sum())
         assert zeros > 0
         hat = layer.values.detach().clone(), optimizer.state[layer.values]["dual"].clone()
+        mask = layer.pattern.mask()
         sb.densify_(model, optimizer)
         theta, v = dense(model, optimizer)
-        mask = layer.pattern.mask()
         for whole, part, old in zip((theta, v), hat, before, strict=True):
             assert torch.equal(whole[mask], part)
             assert torch.equal(whole[~mask], old[~mask])

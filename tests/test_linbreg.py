@@ -12,7 +12,7 @@ from torch import nn
 
 import sparsebreg as sb
 from sparsebreg.core import extension
-from sparsebreg.optim import base, linbreg
+from sparsebreg.optim import linbreg
 
 
 @pytest.fixture(params=["fused", "plain"])

@@ -17,44 +17,34 @@ from sparsebreg.core.errors import check_input, expected
 from sparsebreg.core.pattern import SparsePattern
 from sparsebreg.core.profiling import labelled
 from sparsebreg.lanes import LANES, LaneTensor, pack, wrap
-from sparsebreg.ops.library import (
-    Operation,
-    Places,
-    added,
-    below_autograd,
-    check_parameters,
-    observed,
-    or_empty,
-    or_none,
-    pattern_of,
-    plain,
-    readable,
-    register,
-    traced,
-)  # fmt: skip
+from sparsebreg.ops import library
+from sparsebreg.ops.library import Operation, Places
 
 
 class Conv2d(Operation):
     """x (N, IC, H, W) in the plain or the channels_last format or in lanes; ``weight`` as in ``ops.linear.Linear``.
 
-    ``layout`` is that of y; ``training`` says whether a batch norm that follows will want its statistics.
+    ``layout`` is that of y; ``training`` says whether a batch norm that follows will want its statistics; ``seen`` is
+    as in ``ops.linear.Linear``.
     """
 
     @staticmethod
-    def forward(x, values, bias, weight, pattern, geometry, layout, training, backend):
-        if not observed(x, values, bias):
-            return _forward(pattern_of(pattern), x, values, bias, geometry, layout, training, backend)
+    def forward(x, values, bias, weight, pattern, geometry, layout, training, backend, seen):
+        if not seen:
+            return _forward(pattern, x, values, bias, geometry, layout, training, backend)
         if layout is Layout.LANES and not isinstance(x, LaneTensor):
             x = wrap(pack(x.contiguous()), len(x))  # the operator returns a lane tensor for one alone
         places, options = (pattern.rowptr, pattern.col), (pattern.shape[2:], *geometry)
-        return below_autograd(_conv2d, x, *places, values, bias, weight, *options, layout is Layout.CHANNELS_LAST)
+        return library.below_autograd(
+            _conv2d, x, *places, values, bias, weight, *options, layout is Layout.CHANNELS_LAST
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output) -> None:
-        x, values, _, _, ctx.pattern, ctx.geometry, _, _, ctx.backend = inputs
+        x, values, _, _, ctx.pattern, ctx.geometry, _, _, ctx.backend, ctx.seen = inputs
         _, needs_values, _, needs_weight, *_ = ctx.needs_input_grad
         ctx.x_shape = x.shape
-        ctx.save_for_backward(readable(x, ctx.backend) if needs_values or needs_weight else None, values)
+        ctx.save_for_backward(library.readable(x, ctx.backend) if needs_values or needs_weight else None, values)
 
     @staticmethod
     def backward(ctx: Any, grad_y):
@@ -62,32 +52,33 @@ class Conv2d(Operation):
         *needs, needs_weight = ctx.needs_input_grad[:4]
         pattern, geometry, backend = ctx.pattern, ctx.geometry, ctx.backend
         grads, grad_weight, grad_bias = (None, None, None), None, None
+        seen = ctx.seen or library.observed(grad_y)
         if needs_weight:
             wants = needs[0], needs[2]
-            grad_weight, grad_bias = Conv2dWeightGrad.of(grad_y, x, pattern.shape, geometry, wants, backend)
+            grad_weight, grad_bias = Conv2dWeightGrad.of(grad_y, x, pattern.shape, geometry, wants, backend, seen)
             needs[2] = needs[2] and grad_bias is None
         if any(needs):
-            gradients = Conv2dBackward.apply if traced() else Conv2dBackward.forward
-            grads = gradients(grad_y, x, values, pattern, geometry, ctx.x_shape, tuple(needs), backend)
-        return *grads[:2], grads[2] if grad_bias is None else grad_bias, grad_weight, *[None] * 5
+            gradients = Conv2dBackward.apply if library.traced() else Conv2dBackward.forward
+            grads = gradients(grad_y, x, values, pattern, geometry, ctx.x_shape, needs, backend, seen)
+        return *grads[:2], grads[2] if grad_bias is None else grad_bias, grad_weight, *[None] * 6
 
 
 class Conv2dBackward(Operation):
     """(grad_x, grad_values, grad_bias), None for what ``needs`` does not name. Linear in each of its arguments."""
 
     @staticmethod
-    def forward(grad_y, x, values, pattern, geometry, x_shape, needs, backend):
-        if not observed(grad_y, x, values):
-            return _backward(pattern_of(pattern), grad_y, x, values, geometry, x_shape, needs, backend)
+    def forward(grad_y, x, values, pattern, geometry, x_shape, needs, backend, seen):
+        if not seen:
+            return _backward(pattern, grad_y, x, values, geometry, x_shape, needs, backend)
         places, options = (pattern.rowptr, pattern.col), (pattern.shape[2:], *geometry)
-        made = below_autograd(
-            _conv2d_backward, grad_y, x, *places, values, x_shape, *options, list(needs), backend.name
+        made = library.below_autograd(
+            _conv2d_backward, grad_y, x, *places, values, x_shape, *options, needs, backend.name
         )  # fmt: skip
-        return or_none(made, needs)
+        return library.or_none(made, needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output) -> None:
-        grad_y, x, values, *ctx.rest, ctx.needs, ctx.backend = inputs
+        grad_y, x, values, *ctx.rest, ctx.needs, ctx.backend, ctx.seen = inputs
         ctx.save_for_backward(grad_y, x, values)
         ctx.set_materialize_grads(False)
 
@@ -96,7 +87,8 @@ class Conv2dBackward(Operation):
         grad_y, x, values = ctx.saved_tensors
         pattern, geometry, _ = ctx.rest
         products = [(of_grad_x, values), (x, of_grad_values if ctx.needs[1] else None)]
-        rest = pattern, geometry, Layout.PLAIN, False, ctx.backend
+        rest = pattern, geometry, Layout.PLAIN, False, ctx.backend, ctx.seen
+        more = ctx.backend, ctx.seen
         terms = [
             Conv2d.apply(_dense(a), b.contiguous(), None, None, *rest)
             for a, b in products
@@ -105,27 +97,27 @@ class Conv2dBackward(Operation):
         bias = None if of_grad_bias is None else of_grad_bias.view(1, -1, 1, 1).expand(grad_y.shape)
         grad_x = grad_values = None
         if of_grad_values is not None:
-            needs = True, False, False
-            grad_x = Conv2dBackward.apply(grad_y, None, of_grad_values.contiguous(), *ctx.rest, needs, ctx.backend)[0]
+            needs = [True, False, False]
+            grad_x = Conv2dBackward.apply(grad_y, None, of_grad_values.contiguous(), *ctx.rest, needs, *more)[0]
         if of_grad_x is not None:
-            needs = False, True, False
-            grad_values = Conv2dBackward.apply(grad_y, _dense(of_grad_x), values, *ctx.rest, needs, ctx.backend)[1]
-        return added(*terms, bias), grad_x, grad_values, *[None] * 5
+            needs = [False, True, False]
+            grad_values = Conv2dBackward.apply(grad_y, _dense(of_grad_x), values, *ctx.rest, needs, *more)[1]
+        return library.added(*terms, bias), grad_x, grad_values, *[None] * 6
 
 
 class Conv2dWeightGrad(Operation):
     """The gradient of a dense weight."""
 
     @staticmethod
-    def of(grad_y, x, shape, geometry, needs, backend) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def of(grad_y, x, shape, geometry, needs, backend, seen) -> tuple[torch.Tensor, torch.Tensor | None]:
         """It and, where that falls off on the way and is wanted, the bias's; ``needs``: see ``Backend``."""
-        if traced() or observed(grad_y, x):
+        if seen or library.traced():
             return Conv2dWeightGrad.apply(_dense(grad_y), x, shape, geometry, backend), None
-        return _weight_grad(_dense(readable(grad_y, backend)), x, shape, geometry, needs, backend)
+        return _weight_grad(_dense(library.readable(grad_y, backend)), x, shape, geometry, needs, backend)
 
     @staticmethod
     def forward(grad_y, x, shape, geometry, backend):
-        return below_autograd(_conv2d_weight_grad, grad_y, x, shape, *geometry, backend.name)
+        return library.below_autograd(_conv2d_weight_grad, grad_y, x, shape, *geometry, backend.name)
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output) -> None:
@@ -146,12 +138,12 @@ class Conv2dWeightGrad(Operation):
 
 @labelled("conv2d")
 def _forward(pattern, x, values, bias, geometry, layout, training, backend):
-    return backend.conv2d_forward(pattern, readable(x, backend), values, bias, geometry, layout, training)
+    return backend.conv2d_forward(pattern, library.readable(x, backend), values, bias, geometry, layout, training)
 
 
 @labelled("conv2d_backward")
 def _backward(pattern, grad_y, x, values, geometry, x_shape, needs, backend):
-    grad_y = _dense(readable(grad_y, backend))
+    grad_y = _dense(library.readable(grad_y, backend))
     return backend.conv2d_backward(pattern, grad_y, x, values, geometry, x_shape, needs)
 
 
@@ -160,7 +152,7 @@ def _weight_grad(grad_y, x, shape, geometry, needs, backend) -> tuple[torch.Tens
     found = backend.conv2d_weight_grad(grad_y, x, shape, geometry, needs)
     if found is not None:
         return found
-    grad_y, x = plain(grad_y), plain(x)
+    grad_y, x = library.plain(grad_y), library.plain(x)
     stride, padding, dilation, groups = geometry
     if geometry.is_product(shape[2:], grad_y):
         # oneDNN writes out of bounds for strided 1x1 kernels in the channels_last format (torch 2.13, 8 channels).
@@ -194,7 +186,7 @@ def _format(x: torch.Tensor) -> torch.memory_format:
 
 
 def _check(x: Any, pattern: SparsePattern, values: Any, bias: Any, weight: Any, geometry: Geometry) -> None:
-    check_parameters(values, bias, weight, pattern, 4, "2-D convolution's")
+    library.check_parameters(values, bias, weight, pattern, 4, "2-D convolution's")
     check_input("x", x, values.dtype)
     channels = pattern.shape[1] * geometry.groups
     if x.dim() not in (3, 4) or x.shape[-3] != channels:
@@ -220,7 +212,7 @@ def _conv2d_kernel(
     x, rowptr, col, values, bias, weight, kernel_size, stride, padding, dilation, groups, channels_last=False
 ):
     geometry = _geometry(stride, padding, dilation, groups)
-    pattern = pattern_of(_places(rowptr, col, x.shape[1], kernel_size, groups))
+    pattern = library.pattern_of(_places(rowptr, col, x.shape[1], kernel_size, groups))
     _check(x, pattern, values, bias, weight, geometry)
     backend, x, bias = backends.current(), _dense(x), None if bias is None else bias.contiguous()
     layout = _layout(x, channels_last, False, backend)
@@ -241,10 +233,10 @@ def _conv2d_autograd(x, rowptr, col, values, bias, weight, kernel_size, *options
     geometry, x = _geometry(*options), _dense(x)
     places = _places(rowptr, col, x.shape[1], kernel_size, geometry.groups)
     layout = _layout(x, channels_last, False, backends.current())
-    return Conv2d.apply(x, values, bias, weight, places, geometry, layout, False, backends.current())
+    return Conv2d.apply(x, values, bias, weight, places, geometry, layout, False, backends.current(), True)
 
 
-_conv2d = register(
+_conv2d = library.register(
     "conv2d(Tensor x, Tensor rowptr, Tensor col, Tensor values, Tensor? bias, Tensor? weight, "
     f"{_GEOMETRY}, bool channels_last=False) -> Tensor",
     _conv2d_kernel,
@@ -258,7 +250,7 @@ def _conv2d_backward_kernel(
     grad_y, x, rowptr, col, values, x_shape, kernel_size, stride, padding, dilation, groups, needs, backend=""
 ):
     geometry, backend = _geometry(stride, padding, dilation, groups), backends.by_name(backend)
-    pattern = pattern_of(_places(rowptr, col, x_shape[1], kernel_size, groups))
+    pattern = library.pattern_of(_places(rowptr, col, x_shape[1], kernel_size, groups))
     _check(grad_y.new_empty(0, *x_shape[1:]), pattern, values, None, None, geometry)
     check_input("grad_y", grad_y, values.dtype)
     size = x_shape[0], pattern.rows, *geometry.output_size(tuple(x_shape[2:]), pattern.shape[2:])
@@ -266,30 +258,32 @@ def _conv2d_backward_kernel(
         raise ValueError(expected("grad_y", f"shape {size}", tuple(grad_y.shape)))
     if needs[1] and (x is None or list(x.shape) != list(x_shape)):
         raise ValueError(expected("x", f"shape {tuple(x_shape)}", x if x is None else tuple(x.shape)))
-    x = None if x is None else _dense(readable(x, backend))
+    x = None if x is None else _dense(library.readable(x, backend))
     grads = _backward(
-        pattern, grad_y, x, values.contiguous(), geometry, torch.Size(x_shape), tuple(needs), backend
+        pattern, grad_y, x, values.contiguous(), geometry, torch.Size(x_shape), needs, backend
     )  # fmt: skip
     if grads[0] is not None and not isinstance(grads[0], LaneTensor):
         grads = grads[0].contiguous(memory_format=_format(grad_y if x is None else x)), *grads[1:]
-    return or_empty(grads, values)
+    return library.or_empty(grads, values)
 
 
 def _conv2d_backward_fake(grad_y, x, rowptr, col, values, x_shape, kernel_size, s, p, d, groups, needs, backend=""):
     memory_format = _format(grad_y if x is None else x)
     grad_x = torch.empty(x_shape, dtype=values.dtype, device=values.device, memory_format=memory_format)
-    return or_empty(or_none((grad_x, torch.empty_like(values), values.new_empty(rowptr.shape[0] - 1)), needs), values)
+    return library.or_empty(
+        library.or_none((grad_x, torch.empty_like(values), values.new_empty(rowptr.shape[0] - 1)), needs), values
+    )
 
 
 def _conv2d_backward_autograd(
     grad_y, x, rowptr, col, values, x_shape, kernel_size, stride, padding, dilation, groups, needs, backend=""
 ):
-    rest = _geometry(stride, padding, dilation, groups), tuple(x_shape), tuple(needs), backends.by_name(backend)
+    rest = _geometry(stride, padding, dilation, groups), tuple(x_shape), needs, backends.by_name(backend), True
     places = _places(rowptr, col, x_shape[1], kernel_size, groups)
-    return or_empty(Conv2dBackward.apply(grad_y, x, values, places, *rest), values)
+    return library.or_empty(Conv2dBackward.apply(grad_y, x, values, places, *rest), values)
 
 
-_conv2d_backward = register(
+_conv2d_backward = library.register(
     "conv2d_backward(Tensor grad_y, Tensor? x, Tensor rowptr, Tensor col, Tensor values, SymInt[] x_shape, "
     f'{_GEOMETRY}, bool[] needs, str backend="") -> (Tensor, Tensor, Tensor)',
     _conv2d_backward_kernel,
@@ -303,11 +297,11 @@ _conv2d_backward = register(
 
 def _conv2d_weight_grad_kernel(grad_y, x, shape, stride, padding, dilation, groups, backend=""):
     geometry, backend = _geometry(stride, padding, dilation, groups), backends.by_name(backend)
-    grad_y, x = _dense(readable(grad_y, backend)), _dense(readable(x, backend))
+    grad_y, x = _dense(library.readable(grad_y, backend)), _dense(library.readable(x, backend))
     return _weight_grad(grad_y, x, tuple(shape), geometry, (True, False), backend)[0]
 
 
-_conv2d_weight_grad = register(
+_conv2d_weight_grad = library.register(
     "conv2d_weight_grad(Tensor grad_y, Tensor x, SymInt[] shape, int[] stride, int[] padding, int[] dilation, "
     'int groups, str backend="") -> Tensor',
     _conv2d_weight_grad_kernel,
@@ -362,5 +356,6 @@ def sparse_conv2d(
     layout = _layout(batch, channels_last, lanes, backend)
     training = torch.is_grad_enabled()  # not known any more inside
     bias = None if bias is None else bias.contiguous()
-    y = Conv2d.apply(batch, values.contiguous(), bias, weight, pattern, geometry, layout, training, backend)
+    rest = geometry, layout, training, backend, library.observed(x, values, bias)
+    y = Conv2d.apply(batch, values.contiguous(), bias, weight, pattern, *rest)
     return y if x.dim() == 4 else y.squeeze(0)

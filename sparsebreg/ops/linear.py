@@ -16,105 +16,94 @@ from sparsebreg.core import extension, memory
 from sparsebreg.core.errors import check_input, expected
 from sparsebreg.core.pattern import SparsePattern
 from sparsebreg.core.profiling import labelled
-from sparsebreg.ops.library import (
-    Operation,
-    Places,
-    added,
-    below_autograd,
-    check_parameters,
-    observed,
-    or_empty,
-    or_none,
-    pattern_of,
-    plain,
-    readable,
-    register,
-    traced,
-)  # fmt: skip
+from sparsebreg.ops import library
+from sparsebreg.ops.library import Operation, Places
 
 
 class Linear(Operation):
-    """x (N, in), contiguous. ``weight``, where it is given, is the dense weight that ``values`` were gathered from: it
-    gets a full gradient, and the values none."""
+    """x (N, in), contiguous.
+
+    ``weight``, where it is given, is the dense weight that ``values`` were gathered from: it gets a full gradient, and
+    the values none. ``seen``: whether PyTorch has to see the operator (``library.observed``).
+    """
 
     @staticmethod
-    def forward(x, values, bias, weight, pattern, backend):
-        if observed(x, values, bias):
-            return below_autograd(_linear, x, pattern.rowptr, pattern.col, values, bias, weight)
-        return _forward(pattern_of(pattern), x, values, bias, backend)
+    def forward(x, values, bias, weight, pattern, backend, seen):
+        if seen:
+            return library.below_autograd(_linear, x, pattern.rowptr, pattern.col, values, bias, weight)
+        return _forward(pattern, x, values, bias, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output) -> None:
-        x, values, _, _, ctx.pattern, ctx.backend = inputs
+        x, values, _, _, ctx.pattern, ctx.backend, ctx.seen = inputs
         _, needs_values, _, needs_weight, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(readable(x, ctx.backend) if needs_values or needs_weight else None, values)
+        ctx.save_for_backward(library.readable(x, ctx.backend) if needs_values or needs_weight else None, values)
 
     @staticmethod
     def backward(ctx: Any, grad_y):
         x, values = ctx.saved_tensors
         *needs, needs_weight = ctx.needs_input_grad[:4]
+        seen = ctx.seen or library.observed(grad_y)
         if any(needs):
-            gradients = LinearBackward.apply if traced() else LinearBackward.forward
-            grads = gradients(grad_y, x, values, ctx.pattern, tuple(needs), ctx.backend)
+            gradients = LinearBackward.apply if library.traced() else LinearBackward.forward
+            grads = gradients(grad_y, x, values, ctx.pattern, needs, ctx.backend, seen)
         else:
             grads = None, None, None
-        grad_weight = LinearWeightGrad.of(grad_y, x, ctx.backend) if needs_weight else None
-        return *grads, grad_weight, None, None
+        grad_weight = LinearWeightGrad.of(grad_y, x, ctx.backend, seen) if needs_weight else None
+        return *grads, grad_weight, None, None, None
 
 
 class LinearBackward(Operation):
     """(grad_x, grad_values, grad_bias), None for what ``needs`` does not name. Linear in each of its arguments."""
 
     @staticmethod
-    def forward(grad_y, x, values, pattern, needs, backend):
-        if observed(grad_y, x, values):
+    def forward(grad_y, x, values, pattern, needs, backend, seen):
+        if seen:
             places, features = (pattern.rowptr, pattern.col), pattern.shape[1]
-            made = below_autograd(_linear_backward, grad_y, x, *places, values, features, list(needs), backend.name)
-            return or_none(made, needs)
-        return _backward(pattern_of(pattern), grad_y, x, values, needs, backend)
+            made = library.below_autograd(_linear_backward, grad_y, x, *places, values, features, needs, backend.name)
+            return library.or_none(made, needs)
+        return _backward(pattern, grad_y, x, values, needs, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output) -> None:
-        grad_y, x, values, ctx.pattern, ctx.needs, ctx.backend = inputs
+        grad_y, x, values, ctx.pattern, ctx.needs, *ctx.rest = inputs
         ctx.save_for_backward(grad_y, x, values)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, of_grad_x, of_grad_values, of_grad_bias):
         grad_y, x, values = ctx.saved_tensors
-        rest = ctx.pattern, ctx.backend
+        pattern, rest = ctx.pattern, ctx.rest
         products = [(of_grad_x, values), (x, of_grad_values if ctx.needs[1] else None)]
         terms = [
-            Linear.apply(_rows(a), b.contiguous(), None, None, *rest)
+            Linear.apply(_rows(a), b.contiguous(), None, None, pattern, *rest)
             for a, b in products
             if a is not None and b is not None
         ]
         bias = None if of_grad_bias is None else of_grad_bias.expand(len(grad_y), -1)
         grad_x = grad_values = None
         if of_grad_values is not None:
-            grad_x = LinearBackward.apply(
-                grad_y, None, of_grad_values.contiguous(), rest[0], (True, False, False), rest[1]
-            )[0]
+            needs = [True, False, False]
+            grad_x = LinearBackward.apply(grad_y, None, of_grad_values.contiguous(), pattern, needs, *rest)[0]
         if of_grad_x is not None:
-            grad_values = LinearBackward.apply(
-                grad_y, _rows(of_grad_x), values, rest[0], (False, True, False), rest[1]
-            )[1]
-        return added(*terms, bias), grad_x, grad_values, None, None, None
+            needs = [False, True, False]
+            grad_values = LinearBackward.apply(grad_y, _rows(of_grad_x), values, pattern, needs, *rest)[1]
+        return library.added(*terms, bias), grad_x, grad_values, *[None] * 4
 
 
 class LinearWeightGrad(Operation):
     """The gradient of a dense weight, grad_yᵀ x."""
 
     @staticmethod
-    def of(grad_y, x, backend) -> torch.Tensor:
+    def of(grad_y, x, backend, seen) -> torch.Tensor:
         """As it is wanted: maybe pending (see ``core/gradient.py``) where nobody traces."""
-        if traced() or observed(grad_y, x):
-            return LinearWeightGrad.apply(plain(grad_y), plain(x), backend.name)
-        return _weight_grad(plain(grad_y).contiguous(), plain(x), backend)
+        if seen or library.traced():
+            return LinearWeightGrad.apply(library.plain(grad_y), library.plain(x), backend.name)
+        return _weight_grad(library.plain(grad_y).contiguous(), library.plain(x), backend)
 
     @staticmethod
     def forward(grad_y, x, backend):
-        return below_autograd(_linear_weight_grad, grad_y, x, backend)
+        return library.below_autograd(_linear_weight_grad, grad_y, x, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output) -> None:
@@ -131,12 +120,12 @@ class LinearWeightGrad(Operation):
 
 @labelled("linear")
 def _forward(pattern, x, values, bias, backend):
-    return backend.linear_forward(pattern, readable(x, backend), values, bias)
+    return backend.linear_forward(pattern, library.readable(x, backend), values, bias)
 
 
 @labelled("linear_backward")
 def _backward(pattern, grad_y, x, values, needs, backend):
-    return backend.linear_backward(pattern, readable(grad_y, backend).contiguous(), x, values, needs)
+    return backend.linear_backward(pattern, library.readable(grad_y, backend).contiguous(), x, values, needs)
 
 
 @labelled("weight_grad")
@@ -148,7 +137,7 @@ def _weight_grad(grad_y: torch.Tensor, x: torch.Tensor, backend: backends.Backen
 
 
 def _check(x: Any, pattern: SparsePattern, values: Any, bias: Any, weight: Any) -> None:
-    check_parameters(values, bias, weight, pattern, 2, "linear")
+    library.check_parameters(values, bias, weight, pattern, 2, "linear")
     check_input("x", x, values.dtype)
     if x.dim() == 0 or x.shape[-1] != pattern.shape[1]:
         raise ValueError(expected("x", f"shape (..., {pattern.cols})", tuple(x.shape)))
@@ -172,11 +161,11 @@ def _linear_kernel(x, rowptr, col, values, bias=None, weight=None):
 
 def _linear_autograd(x, rowptr, col, values, bias=None, weight=None):
     places = Places(rowptr, col, (rowptr.shape[0] - 1, x.shape[-1]))
-    y = Linear.apply(_rows(x), values, bias, weight, places, backends.current())
+    y = Linear.apply(_rows(x), values, bias, weight, places, backends.current(), True)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-_linear = register(
+_linear = library.register(
     "linear(Tensor x, Tensor rowptr, Tensor col, Tensor values, Tensor? bias=None, Tensor? weight=None) -> Tensor",
     _linear_kernel,
     lambda x, rowptr, col, values, bias=None, weight=None: x.new_empty(*x.shape[:-1], rowptr.shape[0] - 1),
@@ -194,23 +183,23 @@ def _linear_backward_kernel(grad_y, x, rowptr, col, values, in_features, needs, 
     if needs[1] and (x is None or x.shape != (len(grad_y), in_features)):
         raise ValueError(expected("x", f"shape ({len(grad_y)}, {in_features})", x if x is None else tuple(x.shape)))
     backend = backends.by_name(backend)
-    x = None if x is None else readable(x, backend).contiguous()
-    return or_empty(_backward(pattern, grad_y, x, values.contiguous(), tuple(needs), backend), values)
+    x = None if x is None else library.readable(x, backend).contiguous()
+    return library.or_empty(_backward(pattern, grad_y, x, values.contiguous(), needs, backend), values)
 
 
 def _linear_backward_fake(grad_y, x, rowptr, col, values, in_features, needs, backend=""):
     rows = rowptr.shape[0] - 1
     made = grad_y.new_empty(grad_y.shape[0], in_features), torch.empty_like(values), grad_y.new_empty(rows)
-    return or_empty(or_none(made, needs), values)
+    return library.or_empty(library.or_none(made, needs), values)
 
 
 def _linear_backward_autograd(grad_y, x, rowptr, col, values, in_features, needs, backend=""):
     places = Places(rowptr, col, (rowptr.shape[0] - 1, in_features))
-    made = LinearBackward.apply(grad_y, x, values, places, tuple(needs), backends.by_name(backend))
-    return or_empty(made, values)
+    made = LinearBackward.apply(grad_y, x, values, places, needs, backends.by_name(backend), True)
+    return library.or_empty(made, values)
 
 
-_linear_backward = register(
+_linear_backward = library.register(
     "linear_backward(Tensor grad_y, Tensor? x, Tensor rowptr, Tensor col, Tensor values, SymInt in_features, "
     'bool[] needs, str backend="") -> (Tensor, Tensor, Tensor)',
     _linear_backward_kernel,
@@ -221,11 +210,11 @@ _linear_backward = register(
 
 
 def _linear_weight_grad_kernel(grad_y, x, backend=""):
-    grad = _weight_grad(plain(grad_y).contiguous(), plain(x).contiguous(), backends.by_name(backend))
+    grad = _weight_grad(library.plain(grad_y).contiguous(), library.plain(x).contiguous(), backends.by_name(backend))
     return getattr(grad, "dense", grad)
 
 
-_linear_weight_grad = register(
+_linear_weight_grad = library.register(
     'linear_weight_grad(Tensor grad_y, Tensor x, str backend="") -> Tensor',
     _linear_weight_grad_kernel,
     lambda grad_y, x, backend="": x.new_empty(grad_y.shape[1], x.shape[1]),
@@ -244,7 +233,10 @@ _apply = super(torch.autograd.Function, Linear).apply
 
 def _usual(x: Any, pattern: SparsePattern, values: Any, bias: Any) -> bool:
     """Whether a linear layer's arguments are right, and as most are: then one call is enough to know."""
-    if not extension.TENSORS or len(pattern.shape) != 2 or torch._C._are_functorch_transforms_active():
+    # Of what is seen here the dispatch modes; that the tensors are ordinary ones is part of the answer.
+    if not extension.TENSORS or len(pattern.shape) != 2 or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._are_functorch_transforms_active():
         return False
     return extension.native().linear_takes(pattern.native_index(), x, values, bias)
 
@@ -277,8 +269,9 @@ def sparse_linear(
     if torch.compiler.is_compiling():
         return torch.ops.sparsebreg.linear(x, pattern.rowptr, pattern.col, values, bias, weight)
     if weight is None and _usual(x, pattern, values, bias):
-        return _apply(x, values, bias, None, pattern, backends.current())
+        return _apply(x, values, bias, None, pattern, backends.current(), False)
     _check(x, pattern, values, bias, weight)
     bias = None if bias is None else bias.contiguous()
-    y = Linear.apply(_rows(x), values.contiguous(), bias, weight, pattern, backends.current())
+    seen = library.observed(x, values, bias)
+    y = Linear.apply(_rows(x), values.contiguous(), bias, weight, pattern, backends.current(), seen)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], pattern.rows)

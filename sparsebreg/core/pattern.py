@@ -219,7 +219,8 @@ class SparsePattern:
 
     def native_index(self) -> Any:
         """The extension's validated copy of the index."""
-        return self.cached("native", self._make_native)
+        found = self._cache.get("native")  # asked for at every pass of a layer
+        return found if found is not None else self.cached("native", self._make_native)
 
     def _make_native(self) -> Any:
         return native().Index(self.rows, self.cols, self.rowptr.numpy(), self.col.numpy())  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparsebreg as sb
 
 ops = torch.ops.sparsebreg
-GEOMETRY = [2, 1], [1, 0], [1, 2], 2
+OPTIONS = [3, 2], [2, 1], [1, 0], [1, 2], 2, False  # kernel size, stride, padding, dilation, groups, channels_last
 
 
 def leaf(*shape, dtype):
@@ -34,44 +34,44 @@ def conv2d_inputs(dtype, memory_format=torch.contiguous_format):
 
 def check_linear(dtype):
     p, values, x, bias = linear_inputs(dtype)
-    opcheck(ops.linear.default, (x, p.rowptr, p.col, values, bias))
-    opcheck(ops.linear.default, (x.expand(2, 3, 4), p.rowptr, p.col, values))
+    opcheck(ops.linear.default, (x, p.rowptr, p.col, values, bias, None))
+    opcheck(ops.linear.default, (torch.empty(0, 4, dtype=dtype), p.rowptr, p.col, values, None, None))
     opcheck(ops.linear.default, (x, p.rowptr, p.col, values.detach(), None, leaf(6, 4, dtype=dtype)))
 
 
 def check_linear_backward(dtype):
     p, values, x, _ = linear_inputs(dtype)
     grad_y = leaf(3, 6, dtype=dtype)
-    opcheck(ops.linear_backward.default, (grad_y, x, p.rowptr, p.col, values, 4, [True, True, True]))
-    opcheck(ops.linear_backward.default, (grad_y, None, p.rowptr, p.col, values, 4, [True, False, False]))
+    opcheck(ops.linear_backward.default, (grad_y, x, p.rowptr, p.col, values, [3, 4], [True, True, True], ""))
+    opcheck(ops.linear_backward.default, (grad_y, None, p.rowptr, p.col, values, [3, 4], [True, False, False], ""))
 
 
 def check_linear_weight_grad(dtype):
-    opcheck(ops.linear_weight_grad.default, (leaf(3, 6, dtype=dtype), leaf(3, 4, dtype=dtype)))
+    opcheck(ops.linear_weight_grad.default, (leaf(3, 6, dtype=dtype), leaf(3, 4, dtype=dtype), [6, 4], ""))
 
 
 def check_conv2d(dtype):
     for memory_format in (torch.contiguous_format, torch.channels_last):
         p, values, x, bias = conv2d_inputs(dtype, memory_format)
-        opcheck(ops.conv2d.default, (x, p.rowptr, p.col, values, bias, None, [3, 2], *GEOMETRY))
+        opcheck(ops.conv2d.default, (x, p.rowptr, p.col, values, bias, None, *OPTIONS))
     opcheck(
         ops.conv2d.default,
-        (x, p.rowptr, p.col, values.detach(), None, leaf(4, 2, 3, 2, dtype=dtype), [3, 2], *GEOMETRY),
+        (x, p.rowptr, p.col, values.detach(), None, leaf(4, 2, 3, 2, dtype=dtype), *OPTIONS),
     )
 
 
 def check_conv2d_backward(dtype):
     p, values, x, _ = conv2d_inputs(dtype)
     index = p.rowptr, p.col
-    grad_y = torch.randn_like(ops.conv2d(x, *index, values, None, None, [3, 2], *GEOMETRY)).requires_grad_()
+    grad_y = torch.randn_like(ops.conv2d(x, *index, values, None, None, *OPTIONS)).requires_grad_()
     for given, needs in ((x, [True, True, True]), (None, [True, False, False])):
-        opcheck(ops.conv2d_backward.default, (grad_y, given, *index, values, x.shape, [3, 2], *GEOMETRY, needs))
+        opcheck(ops.conv2d_backward.default, (grad_y, given, *index, values, x.shape, needs, "", *OPTIONS))
 
 
 def check_conv2d_weight_grad(dtype):
     p, values, x, _ = conv2d_inputs(dtype)
-    grad_y = torch.randn_like(ops.conv2d(x, p.rowptr, p.col, values, None, None, [3, 2], *GEOMETRY)).requires_grad_()
-    opcheck(ops.conv2d_weight_grad.default, (grad_y, x, [4, 2, 3, 2], *GEOMETRY))
+    grad_y = torch.randn_like(ops.conv2d(x, p.rowptr, p.col, values, None, None, *OPTIONS)).requires_grad_()
+    opcheck(ops.conv2d_weight_grad.default, (grad_y, x, [4, 2, 3, 2], "", *OPTIONS))
 
 
 def check_gather(dtype):
@@ -101,7 +101,7 @@ def test_a_wrong_fake_kernel_would_be_noticed():
     p, values, x, _ = linear_inputs(torch.float32)
     with torch.library._scoped_library("sparsebreg_test", "FRAGMENT") as library:
         library.define("linear(Tensor x, Tensor rowptr, Tensor col, Tensor values) -> Tensor")
-        library.impl("linear", lambda *a: ops.linear(*a), "CompositeExplicitAutograd")
+        library.impl("linear", lambda *a: ops.linear(*a, None, None), "CompositeExplicitAutograd")
         torch.library.register_fake("sparsebreg_test::linear", lambda x, *_: torch.empty_like(x), lib=library)
         with pytest.raises(Exception, match="test_faketensor failed"):
             opcheck(torch.ops.sparsebreg_test.linear.default, (x.detach(), p.rowptr, p.col, values.detach()))
@@ -112,12 +112,12 @@ def test_index_tensors_that_are_no_patterns_own():
     rowptr, col = p.rowptr.clone(), p.col.clone()
     wanted = nn.functional.linear(x, p.scatter(values), bias)
     for _ in range(2):
-        close(ops.linear(x, rowptr, col, values, bias), wanted)
+        close(ops.linear(x, rowptr, col, values, bias, None), wanted)
     col[0] = 4  # out of range: not taken for the pattern that was there before
     with pytest.raises(ValueError, match="col: expected indices from 0 to 3, got 0 to 4"):
-        ops.linear(x, rowptr, col, values, bias)
+        ops.linear(x, rowptr, col, values, bias, None)
     with pytest.raises(TypeError, match="rowptr: expected an int32 tensor"):
-        ops.linear(x, rowptr.long(), p.col, values, bias)
+        ops.linear(x, rowptr.long(), p.col, values, bias, None)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_index_tensors_that_are_no_patterns_own():
 )
 def test_bad_arguments_of_operators_are_named(change, message):
     p, values, x, bias = linear_inputs(torch.float32)
-    arguments = {"x": x, "rowptr": p.rowptr, "col": p.col, "values": values, "bias": bias, **change}
+    arguments = {"x": x, "rowptr": p.rowptr, "col": p.col, "values": values, "bias": bias, "weight": None, **change}
     with pytest.raises((TypeError, ValueError), match=message):
         ops.linear(**arguments)
 

@@ -52,6 +52,7 @@ benchmark: $(VENV)/.bench
 	$(BIN)/pytest bench --benchmark-columns=median,iqr,rounds --benchmark-autosave
 
 lint: $(VENV)/.lint
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
@@ -87,5 +88,5 @@ $(VENV)/.bench: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/bin/python
-	$(PIP) 'clang-format>=18' 'ruff>=0.6'
+	$(PIP) 'clang-format>=18' 'import-linter>=2.7' 'ruff>=0.6'
 	touch $@

@@ -247,35 +247,30 @@ class SparseLayer(nn.Module):
             return super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, local_metadata, *rest)
-        known = {"weight": prefix + "weight", "bias": prefix + "bias"}
-        if self.bias is None:
-            del known["bias"]
+        known = {name: prefix + name for name in (["weight"] if self.bias is None else ["weight", "bias"])}
         found = {name: state_dict[key] for name, key in known.items() if key in state_dict}
         if strict:
             missing_keys += [known[name] for name in known.keys() - found.keys()]
             unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known.values()]
-        problems = []
-        pattern = self.state.pattern
-        if (weight := found.get("weight")) is not None:
-            if tuple(weight.shape) != pattern.shape:
-                problems.append(expected(known["weight"], f"shape {pattern.shape}", tuple(weight.shape)))
-            else:
-                gathered = pattern.gather(weight)
-                outside = int(weight.count_nonzero()) - int(gathered.count_nonzero())
-                if outside:
-                    wanted = "zeros outside of the frozen pattern"
-                    got = f"{outside} other weights (densify the model first)"
-                    problems.append(expected(known["weight"], wanted, got))
-        if (bias := found.get("bias")) is not None and bias.shape != self.bias.shape:
-            problems.append(expected(known["bias"], f"shape {tuple(self.bias.shape)}", tuple(bias.shape)))
+        pattern, shapes = self.state.pattern, {"weight": self.state.pattern.shape, "bias": (self.state.pattern.rows,)}
+        problems = [
+            expected(known[name], f"shape {shapes[name]}", tuple(t.shape))
+            for name, t in found.items()
+            if tuple(t.shape) != shapes[name]
+        ]
+        if "weight" in found and not problems:
+            gathered = pattern.gather(found["weight"])
+            if outside := int(found["weight"].count_nonzero()) - int(gathered.count_nonzero()):
+                got = f"{outside} other weights (densify the model first)"
+                problems = [expected(known["weight"], "zeros outside of the frozen pattern", got)]
         error_msgs += problems
         if problems:
             return
         with torch.no_grad():
-            if weight is not None:
+            if "weight" in found:
                 self.values.copy_(gathered)
-            if bias is not None:
-                self.bias.copy_(bias)
+            if "bias" in found:
+                self.bias.copy_(found["bias"])
 
     def extra_repr(self) -> str:
         p = self.pattern

@@ -1,27 +1,5 @@
 // Between plain tensors and the lane layout. Included inside an instruction set's namespace; no include guard.
 
-SB_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-template <class I>
-SB_INLINE I least(I a, I b) {
-  return b < a ? b : a;
-}
-template <class I>
-SB_INLINE I most(I a, I b) {
-  return a < b ? b : a;
-}
-
-// The first of the ascending col[k..end) that is not below `bound`.
-SB_INLINE int32_t first_from(const int32_t* col, int32_t k, int32_t end, int64_t bound) {
-  while (k < end) {
-    const int32_t mid = k + (end - k) / 2;
-    if (col[mid] < bound)
-      k = mid + 1;
-    else
-      end = mid;
-  }
-  return k;
-}
-
 // From so many elements on less than a vector is taken as one, not element by element.
 constexpr int64_t TAIL = CAN_MASK ? 3 : INT64_MAX;
 

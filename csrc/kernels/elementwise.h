@@ -1,6 +1,7 @@
-// Small functions of one vector. Included inside an instruction set's namespace; no include guard.
+// Helpers on single vectors, shared by several kernels. No include guard: see isa/kernels.inc.
 
-// What a batch norm makes of x; one expression everywhere, so that a sign does not depend on who computes it.
+// Batch norm. Every kernel uses this one expression: the sign of the result decides what a ReLU passes on, and kernels
+// that rounded differently would disagree on it.
 template <class T>
 SB_INLINE V<T> normed(V<T> x, V<T> scale, V<T> shift) {
   return x * scale + shift;
@@ -8,10 +9,10 @@ SB_INLINE V<T> normed(V<T> x, V<T> scale, V<T> shift) {
 
 template <class T>
 SB_INLINE V<T> rectified(V<T> v) {
-  return v < zero<T>() ? zero<T>() : v;  // NaN stays
+  return v < zero<T>() ? zero<T>() : v;  // keeps NaN
 }
 
-// All ones in the lanes of `part` that hold one of the first `images` samples.
+// A mask for the lanes part .. part + n - 1: all bits set in those below `images`.
 template <class T>
 SB_INLINE typename Vec<T>::index lane_mask(int images, int part) {
   typename Vec<T>::index m{};
@@ -19,8 +20,8 @@ SB_INLINE typename Vec<T>::index lane_mask(int images, int part) {
   return m;
 }
 
-// K registers more to the mean and the sum of squared deviations of the `count` before them, lane by lane. They are
-// taken by their own mean first: nothing is read twice, and nothing cancels.
+// Adds K vectors to the running mean and sum of squared deviations, which are of `count` values in every lane. The K
+// vectors get moments of their own first, which are then merged: the data is read once, and no digits cancel.
 template <class T, int K>
 SB_INLINE void add_moments(const V<T>* v, V<T>& mean, V<T>& squares, T count) {
   V<T> own = zero<T>(), more = zero<T>();

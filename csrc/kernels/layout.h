@@ -1,6 +1,6 @@
-// Between plain tensors and the lane layout. Included inside an instruction set's namespace; no include guard.
+// Copies between plain tensors and the lane layout. No include guard: see isa/kernels.inc.
 
-// From so many elements on less than a vector is taken as one, not element by element.
+// A remainder of at least this many elements is copied with one masked vector, not element by element.
 constexpr int64_t TAIL = CAN_MASK ? 3 : INT64_MAX;
 
 // dst[p*dst_step + lane] = src[lane*image + p] for p < len, lane < images; the other lanes are zero.
@@ -42,8 +42,8 @@ SB_INLINE void store_or_stream(T* p, V<T> v, bool past_the_caches) {
     store(p, v);
 }
 
-// dst[lane*image + p] = src[p*src_step + lane] for p < len, lane < images. `past_the_caches`: as far as whole lines are
-// written.
+// dst[lane*image + p] = src[p*src_step + lane] for p < len, lane < images. past_the_caches: non-temporal stores, for
+// whole cache lines.
 template <class T>
 void unpack_rows(const T* src, ptrdiff_t src_step, int64_t len, T* dst, ptrdiff_t image, int images,
                  bool past_the_caches = false) {
@@ -81,7 +81,7 @@ void unpack_rows(const T* src, ptrdiff_t src_step, int64_t len, T* dst, ptrdiff_
   }
 }
 
-// Copies len vectors of LANES with source step `step` (in elements); lanes from `images` on become zero.
+// Copies `len` positions of LANES, `step` elements apart in src; lanes from `images` on become zero.
 template <class T>
 void copy_lanes(const T* src, ptrdiff_t step, int images, int64_t len, T* dst) {
   constexpr int n = Vec<T>::n;
@@ -92,7 +92,7 @@ void copy_lanes(const T* src, ptrdiff_t step, int images, int64_t len, T* dst) {
       for (int i = images; i < LANES; ++i) dst[p * LANES + i] = T(0);
 }
 
-// Where channel c, position p of image block nb begins in a tensor of C channels and `plane` positions.
+// Addresses in a tensor of C channels and `plane` positions: channel c, position p of image block nb begins at `at`.
 struct Walk {
   Layout layout;
   int64_t C, plane;
@@ -103,7 +103,8 @@ struct Walk {
   int64_t image() const { return C * plane; }
 };
 
-// Positions [p, p + len) of channels [c0, c1) of image block nb, to dst[(c - c0) * dst_channel + i * LANES + lane].
+// Copies positions [p, p + len) of channels [c0, c1) of image block nb to dst[(c - c0) * dst_channel + i * LANES +
+// lane].
 template <class T>
 void read_block(const Walk& w, const T* data, int64_t nb, int images, int64_t c0, int64_t c1, int64_t p, int64_t len,
                 T* dst, int64_t dst_channel) {
@@ -120,7 +121,7 @@ void read_block(const Walk& w, const T* data, int64_t nb, int images, int64_t c0
   }
 }
 
-// The other way, for plain and channels_last tensors.
+// The reverse, for plain and channels_last tensors.
 template <class T>
 void write_block(const Walk& w, T* data, int64_t nb, int images, int64_t c0, int64_t c1, int64_t p, int64_t len,
                  const T* src, int64_t src_channel, bool past_the_caches) {

@@ -1,6 +1,6 @@
-// The plan of a backward pass. Included inside an instruction set's namespace; no include guard.
+// The plan of a backward pass over grad_y. No include guard: see isa/kernels.inc.
 
-// Tap k of an axis in the input gradient: source row oy = j + shift for destination row j * S + phase, with
+// Tap k of an axis in the input gradient: destination row j * S + phase reads source row oy = j + shift, where
 // d = k * D - P, phase = d mod S, shift = (phase - d) / S.
 struct Tap {
   int phase, shift;
@@ -12,28 +12,28 @@ SB_INLINE Tap tap_of(int k, int S, int D, int P) {
   return {phase, (phase - d) / S};
 }
 
-constexpr int NO_PHASES[] = {0};  // of a source that is read without strides
+constexpr int NO_PHASES[] = {0};  // `ry` and `rx` of a band that is read without strides
 
-// The plan of the backward pass for grad_y: a band of it serves destination rows of grad_x (of one of SH * SW phases; a
-// nonzero belongs to exactly one) and the same rows of y. The nonzeros lie by phase, chunk of output channels and input
-// channel.
+// A band of grad_y serves `rows` destination rows of every phase of grad_x, and the same rows of y. There are SH * SW
+// phases, positions modulo the strides; a nonzero adds to exactly one of them. The nonzeros are sorted into lists, by
+// phase, chunk of output channels and input channel.
 template <class T>
 struct BackShape {
   Tile tile;
   Band band;
   int phases, chunks;
   int up, left;          // rows and columns of the band before those of its destination
-  int reach_y, reach_x;  // how many more it has than its destination
+  int reach_y, reach_x;  // rows and columns that it has more than its destination
   int32_t* offset;       // per nonzero
-  int32_t* ptr;          // list (phase * chunks + chunk) * IC + channel begins here
-  int32_t* upto;         // nonzeros of the channels before, of all lists
+  int32_t* ptr;          // where list (phase * chunks + chunk) * IC + channel begins
+  int32_t* upto;         // nonzeros of all channels before this one, in all their lists
   T* value;              // per nonzero
   int32_t* from;         // per nonzero: its place in CSR order
 
   int64_t list(const ConvArgs<T>& a, int phase, int chunk) const { return (int64_t(phase) * chunks + chunk) * a.IC; }
 };
 
-// All but the nonzeros; band.rows is still open.
+// All but the nonzeros and the height of the band, which place_nonzeros sets.
 template <class T>
 BackShape<T> back_shape(const ConvArgs<T>& a) {
   BackShape<T> s;
@@ -60,7 +60,7 @@ BackShape<T> back_shape(const ConvArgs<T>& a) {
   return s;
 }
 
-// Bands of `rows` destination rows, and with them the nonzeros' places.
+// Sets the height of the band for `rows` destination rows, then sorts the nonzeros. value: room for their values.
 template <class T>
 void place_nonzeros(const ConvArgs<T>& a, int rows, T* value, BackShape<T>& s) {
   const Index& ix = a.index;
@@ -95,8 +95,8 @@ void place_nonzeros(const ConvArgs<T>& a, int rows, T* value, BackShape<T>& s) {
     const int64_t g = r / OCg;
     return int32_t((r - g * OCg) / per_chunk * a.IC + g * ICg);
   };
-  // A counting sort; inside a list, rows ascend. Parts of the input channels, which are parts of every row's nonzeros,
-  // are counted and placed independently.
+  // A counting sort; inside a list, rows ascend. Threads take disjoint ranges of input channels, which are ranges of
+  // columns of every row, so that no two of them add to one list.
   const int parts = a.G == 1 && ix.nnz > MANY_TO_PLACE ? least(a.threads, a.IC) : 1;
   const auto each = [&](int part, auto&& place) {
     const int32_t col0 = int32_t(int64_t(ICg) * part / parts * KK),

@@ -1,9 +1,14 @@
-// The backward pass. Included inside an instruction set's namespace; no include guard.
+// The backward pass of sparse convolution. No include guard: see isa/kernels.inc.
 
 // grad_x[n][ic][iy][ix] = sum over active (oc, ky, kx) with iy + PH - ky*DH = oy*SH, ... of value *
-// grad_y[n][oc][oy][ox], for channels [r0, r1) and phase rows from j0 on; `out` where it goes through scratch;
-// `reduced` as in GatherTile. With grad_values, in the order of the lists, what the band adds to them too; `packed_x`:
-// x as lanes of these rows, [IC][rows][W][16], where a.x lies otherwise.
+// grad_y[n][oc][oy][ox], for channels [r0, r1) and one band's rows, which begin with row j0 of every phase.
+//
+// Args:
+//   sums: room for the sums between chunks.
+//   out: scratch that the result goes through where grad_x is not in the lane layout, else null.
+//   reduced: as in GatherTile.
+//   grad_values: in the order of the lists, what the band contributes is added to them; null: not wanted.
+//   packed_x: these rows of x in the lane layout, [IC][rows][W][16], where a.x is in another one.
 template <class T>
 void grad_x_of_band(const ConvArgs<T>& a, const BackShape<T>& s, const T* band, int64_t nb, int j0, int64_t r0,
                     int64_t r1, T* sums, T* out, T* reduced, T* grad_values, const T* packed_x, bool past_the_caches) {
@@ -69,7 +74,7 @@ void grad_x_of_band(const ConvArgs<T>& a, const BackShape<T>& s, const T* band, 
 }
 
 // Adds to grad_values[k] the sum over a band's n, oy, ox of grad_y[n][oc][oy][ox] *
-// x[n][ic][oy*SH + ky*DH - PH][ox*SW + kx*DW - PW]; `grad` is the band's first row and column of y, of channel r0.
+// x[n][ic][oy*SH + ky*DH - PH][ox*SW + kx*DW - PW]. grad: channel r0 of the band of grad_y (of_grad), past its border.
 template <class T>
 void grad_values_of_band(const ConvArgs<T>& a, const ConvShape<T>& s, const T* band, const T* grad, const Band& of_grad,
                          int rows, int64_t r0, int64_t r1, T* grad_values) {
@@ -97,9 +102,9 @@ void grad_values_of_band(const ConvArgs<T>& a, const ConvShape<T>& s, const T* b
     }
 }
 
-// All gradients in one pass: a band of grad_y is read, and taken through the norm behind y, once for all of them. Every
-// team sums gradients of values and bias (grad_bias[oc] = sum of grad_y[n][oc]) into its own copy; the copies are added
-// in a fixed order.
+// All gradients in one pass: a band of grad_y is read, and the gradient of the norm behind y computed, once for all of
+// them. Every team adds up the gradients of values and bias (grad_bias[oc] = sum of grad_y[n][oc]) in a copy of its
+// own; the copies are added in a fixed order.
 template <class T>
 void conv2d_backward(const ConvArgs<T>& a) {
   const int64_t nnz = a.index.nnz, width = nnz + a.OC;
@@ -117,8 +122,8 @@ void conv2d_backward(const ConvArgs<T>& a) {
   const int64_t bound = fitting_rows(int64_t(a.OC) * back.band.CB * vector, back.reach_y,
                                      through ? int64_t(a.IC) * a.SH * a.W * vector : 0);
   ConvShape<T> s{};
-  const bool both = a.grad_x && a.grad_values;  // gradients of values on the way, in the order of the lists
-  const bool apart = a.grad_values && !both;
+  const bool both = a.grad_x && a.grad_values;  // gradients of values along with grad_x, in the order of the lists
+  const bool apart = a.grad_values && !both;    // gradients of values by themselves, in CSR order
   if (apart) s = forward_shape(a, 0, true, bound, TR, high);
   const int rows = apart ? s.band.rows : even_rows(bound, TR, high);
   const int64_t blocks = div_up(a.N, LANES), bands = div_up(high, rows), tasks = blocks * bands;
@@ -130,14 +135,15 @@ void conv2d_backward(const ConvArgs<T>& a) {
   const bool past_the_caches = should_stream(a.grad_x, blocks * a.IC * int64_t(a.H) * a.W * vector);
   const int64_t grad_line = int64_t(b.RB + 1) * a.OW * LANES, chunk_sums = a.grad_x ? tile_sums(a.IC, back.chunks) : 0;
   const TeamScratch<T> grads(slot_grad, a.threads, b.C * b.channel + grad_line);
-  // x for gradients of values: with its borders, or its rows alone where it has to be brought into the lane layout.
+  // x for the gradients of values: a band with borders (apart), or rows alone if they are not in the lane layout
+  // (both).
   Band own{a.IC, a.H, a.W, 1, 1, 0, 0, 1, 1, NO_PHASES, NO_PHASES, rows * a.SH, rows * a.SH, a.W, 0};
   own.channel = int64_t(own.RB) * own.CB * LANES;
   const Band& of_x = apart ? s.band : own;
   const bool copied = apart || (both && a.x_layout != Layout::lanes);
   const int64_t x_line = int64_t(of_x.RB * of_x.SY + of_x.SY) * a.W * LANES;
   const TeamScratch<T> sources(slot_source, a.threads, copied ? of_x.C * of_x.channel + x_line : 0);
-  // Sums for the norm of x are taken from the tiles where no two of them overlap.
+  // Sums for the norm of x are computed tile by tile, unless tiles overlap: norm_reduce then computes them.
   const bool reducing = a.x_sum_g && !through && a.SH * a.SW == 1 && a.H % back.tile.TR == 0 && a.W % back.tile.TC == 0;
   const int64_t lane_sums = reducing ? 2 * int64_t(a.IC) * LANES : 0;
   const TeamScratch<T> dests(slot_dest, a.threads,
@@ -149,8 +155,8 @@ void conv2d_backward(const ConvArgs<T>& a) {
     T* grad = grads.mine();
     T* source = sources.mine();
     T* dest = dests.mine();
-    // Team m works through a fixed share of the tasks, so that the result does not depend on timing. With more threads
-    // than tasks, a team's threads share its channels.
+    // Every team has a fixed share of the tasks, so that the result does not depend on timing. With more threads than
+    // tasks, the threads of a team share its channels.
 #pragma omp for schedule(static)
     for (int64_t unit = 0; unit < int64_t(teams) * parts; ++unit) {
       const int64_t team = unit / parts;
@@ -170,7 +176,7 @@ void conv2d_backward(const ConvArgs<T>& a) {
       else if (apart)
         for (int32_t k = a.index.rowptr[r0]; k < a.index.rowptr[r1]; ++k) gv[k] = T(0);
       for (int64_t r = r0; r < r1; ++r) gb[r] = T(0);
-      // Channels of grad_y to be read.
+      // Channels [c0, c1) of grad_y are read.
       int64_t c0 = a.OC, c1 = 0;
       if (x0 < x1) c0 = x0 / ICg * OCg, c1 = ((x1 - 1) / ICg + 1) * OCg;
       if (r0 < r1 && (apart || a.grad_bias)) c0 = least(c0, r0), c1 = most(c1, r1);

@@ -1,13 +1,14 @@
-// Sparse 2-D convolution. Included inside an instruction set's namespace; no include guard.
+// Bands, the working copies of sparse 2-D convolution. No include guard: see isa/kernels.inc.
 //
-// Every product is a stencil over a *band*: a few rows of the source, copied once into a thread's scratch in the lane
-// layout with its zero border and, for strides above one, with rows and columns sorted by their phase. In the band a
-// nonzero is a single offset and every load is aligned and contiguous; borders, strides and dilation cost no branch.
+// Every product is a stencil over a *band*: a few rows of the source, copied once into a thread's scratch, in the lane
+// layout, with the zero border. For strides above one, rows and columns are sorted by phase, their remainder modulo the
+// stride. In the band a nonzero is a single offset and every load is aligned and contiguous; borders, strides and
+// dilation cost no branch.
 
 struct Band {
   int C, H, W;  // the source image
   int SY, SX;   // source stride between neighbouring destinations
-  int OY, OX;   // source row = (row + q) * SY + ry[p] + OY
+  int OY, OX;   // band row q of phase p, first destination row `row`: source row (row + q) * SY + ry[p] + OY
   int NY, NX;   // phases in use
   const int* ry;
   const int* rx;
@@ -15,8 +16,8 @@ struct Band {
   int64_t channel;   // elements between channels
 };
 
-// What becomes of a source's elements on their way into a band: what a norm makes of them, or of a gradient; see
-// ConvArgs.
+// What is applied to the source while it is copied into a band: nothing, a batch norm (scale, shift, relu: x_scale,
+// x_shift, x_relu of ConvArgs) or, for grad_y, the gradient of one (back: y_norm of ConvArgs).
 template <class T>
 struct Passage {
   const T* scale = nullptr;
@@ -25,7 +26,7 @@ struct Passage {
   const NormArgs<T>* back = nullptr;
 };
 
-// copy_lanes, with the norm of one channel.
+// copy_lanes with the batch norm of one channel.
 template <class T>
 void norm_lanes(const T* src, ptrdiff_t step, int images, int64_t len, T* dst, const Passage<T>& norm, int channel) {
   const V<T> scale = splat<T>(norm.scale[channel]), shift = splat<T>(norm.shift[channel]);
@@ -38,8 +39,8 @@ void norm_lanes(const T* src, ptrdiff_t step, int images, int64_t len, T* dst, c
   }
 }
 
-// Fills the band of channels [c0, c1) of image block `nb` whose first destination row is `row0`. `line` holds RB * SY +
-// SY source rows of one channel.
+// Fills the band of channels [c0, c1) of image block `nb` whose first destination row is `row0`. line: room for
+// RB * SY + SY source rows of one channel.
 template <class T>
 void fill_band(const Band& b, const T* data, Layout layout, int64_t N, int64_t nb, int row0, int c0, int c1, T* band,
                T* line, const Passage<T>& pass = {}) {
@@ -47,8 +48,8 @@ void fill_band(const Band& b, const T* data, Layout layout, int64_t N, int64_t n
   const int64_t plane = int64_t(b.H) * b.W, image = int64_t(b.C) * plane;
   const T* src = data + nb * LANES * image;
   const bool direct = layout == Layout::plain && b.SX == 1 && b.W % Vec<T>::n == 0;
-  // Source rows touched by this band; packed in one go per channel where the row pitch of the band does not allow
-  // packing straight into place.
+  // Source rows [first, last) lie in this band. Where they cannot be packed straight into place (`direct`), all rows of
+  // a channel are first packed into `line`.
   const int first = most(0, row0 * b.SY + b.OY);
   const int last = least(b.H, (row0 + b.RB - 1) * b.SY + b.OY + b.SY);
   const Walk walk{layout, b.C, plane};
@@ -79,7 +80,7 @@ void fill_band(const Band& b, const T* data, Layout layout, int64_t N, int64_t n
           clear(dst + int64_t(m1) * LANES, int64_t(b.CB - m1) * LANES);
           const int ix = x0 + m0 * b.SX;
           if (layout == Layout::channels_last) {
-            // All channels of a position at once, from the first channel's turn.
+            // All channels of a position at once, in the first channel's iteration.
             if (c != c0) continue;
             for (int m = m0; m < m1; ++m)
               pack_rows(data + walk.at(nb, c0, int64_t(iy) * b.W + x0 + m * b.SX), image, images, c1 - c0,

@@ -1,6 +1,7 @@
-// The forward pass. Included inside an instruction set's namespace; no include guard.
+// The forward pass of sparse convolution. No include guard: see isa/kernels.inc.
 
-// Means and sums of squared deviations of channels [r0, r1) of a task, from those of its lanes [channel][2][LANES].
+// Means and sums of squared deviations of channels [r0, r1) of a task, merged from those of its first `images` lanes,
+// [channel][2][LANES], which are of `count` values each.
 template <class T>
 void sum_lanes(const T* lanes, double count, int images, int64_t r0, int64_t r1, double* mean, double* m2) {
   for (int64_t r = r0; r < r1; ++r, lanes += 2 * LANES) {
@@ -20,7 +21,7 @@ void sum_lanes(const T* lanes, double count, int images, int64_t r0, int64_t r1,
 template <class T>
 void conv2d_forward(const ConvArgs<T>& a) {
   if (a.N == 0 || a.OH == 0 || a.OW == 0) return;
-  const bool through = a.y_layout != Layout::lanes;  // the band's result is computed in scratch, then transposed
+  const bool through = a.y_layout != Layout::lanes;  // through scratch: a band's result is transposed afterwards
   const ConvShape<T> s =
       forward_shape(a, through ? int64_t(a.OC) * a.OW * LANES * int64_t(sizeof(T)) : 0, false, INT64_MAX, 1, a.OH);
   const Band& b = s.band;
@@ -32,7 +33,7 @@ void conv2d_forward(const ConvArgs<T>& a) {
   const bool past_the_caches = should_stream(a.y, blocks * LANES * a.OC * plane * int64_t(sizeof(T)));
   const int64_t line_size = int64_t(b.RB * b.SY + b.SY) * a.W * LANES;
   const TeamScratch<T> sources(slot_source, a.threads, b.C * b.channel + line_size + tile_sums(a.OC, st.chunks));
-  // Moments of y are taken from the tiles where no two of them overlap.
+  // Moments of y are computed tile by tile, unless tiles overlap: norm_stats then computes them.
   const bool moments = a.mean && !through && a.OH % s.tile.TR == 0 && a.OW % s.tile.TC == 0;
   const TeamScratch<T> dests(slot_dest, a.threads,
                              through   ? int64_t(a.OC) * b.rows * a.OW * LANES
@@ -45,7 +46,7 @@ void conv2d_forward(const ConvArgs<T>& a) {
     T* band = sources.mine();
     T* line = band + b.C * b.channel;
     T* sums = line + line_size;
-    T* out = dests.mine();  // moments of the lanes, where they are wanted
+    T* out = dests.mine();  // the band's result, or moments
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < blocks * bands * parts; ++task) {
       const int part = int(task % parts);
@@ -63,7 +64,7 @@ void conv2d_forward(const ConvArgs<T>& a) {
       t.offset = st.offset;
       t.value = a.values;
       t.ptr_step = st.chunks;
-      t.ask = st.chunks > 1 && a.index.nnz >= MANY;
+      t.prefetch = st.chunks > 1 && a.index.nnz >= MANY;
       t.r0 = r0, t.r1 = r1;
       t.bias = a.bias ? a.bias + r0 : nullptr;
       t.sums = sums;

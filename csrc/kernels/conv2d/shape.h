@@ -1,10 +1,11 @@
-// The plan of a forward pass. Included inside an instruction set's namespace; no include guard.
+// How a convolution is cut into tiles, bands and chunks, and the plan of a pass over x. No include guard: see
+// isa/kernels.inc.
 
 struct Tile {
   int TR, TC;
 };
 
-// Fewest passes over the nonzeros first, then the squarer tile: its window holds fewer lines per channel.
+// The cheapest tile: few passes over the nonzeros count most, then squarer tiles, which read fewer cache lines.
 SB_INLINE Tile choose_tile(int H, int W) {
   Tile best{1, 1};
   double least_cost = 1e30;
@@ -23,8 +24,8 @@ SB_INLINE Tile choose_tile(int H, int W) {
   return best;
 }
 
-// How many channels a pass over the nonzeros covers, so that what it reads stays in the first-level cache, as long as
-// a pass still has a few nonzeros per row: each pass reloads and stores the sums.
+// Into how many chunks the source channels are split, one pass over the nonzeros for each: what a pass reads should
+// stay in the L1 cache. A pass needs a few nonzeros per row, though, since it loads and stores the sums.
 SB_INLINE int choose_chunks(double nnz_per_row, int channels, double bytes_per_channel) {
   const double L1 = 36 << 10, FEW = 12;
   int chunks = int(bytes_per_channel * channels / L1 + 0.999);
@@ -33,10 +34,10 @@ SB_INLINE int choose_chunks(double nnz_per_row, int channels, double bytes_per_c
   return most(1, least(chunks, channels));
 }
 
-// So many nonzeros are placed by all threads, fewer by one.
+// Offsets of more nonzeros than this are computed by all threads, of fewer by one.
 constexpr int64_t MANY_TO_PLACE = 4000;
 
-// The nonzeros as a stencil: for destination channel d and source chunk h, entries
+// Where in a band the nonzeros read: those of destination channel d and source chunk h are entries
 // [ptr[d*chunks + h], ptr[d*chunks + h + 1]) of offset.
 struct Stencil {
   int chunks;
@@ -51,16 +52,17 @@ struct ConvShape {
   Stencil stencil;
 };
 
-// Elements of the sums that a tile of all channels keeps between chunks.
+// Elements that a tile of all channels needs for its sums between chunks.
 SB_INLINE int64_t tile_sums(int64_t channels, int chunks) { return chunks > 1 ? channels * MAX_TILE * LANES : 0; }
 
-// Destination rows whose band fits a second-level cache, with `out_bytes` more a row.
+// Destination rows whose band (`reach` rows more) fits the L2 cache, each with `out_bytes` of its own.
 SB_INLINE int64_t fitting_rows(int64_t bytes_per_row, int reach, int64_t out_bytes) {
   const int64_t budget = int64_t(1) << 20;
   return (budget - bytes_per_row * reach) / (bytes_per_row + out_bytes);
 }
 
-// About so many rows a band, a multiple of TR. Bands of equal height: no band of a row or two at the end.
+// Rows of a band, a multiple of TR and about `rows`. All bands of H rows get about the same height: none is left with a
+// row or two.
 SB_INLINE int even_rows(int64_t rows, int TR, int H) {
   rows = most<int64_t>(rows / TR * TR, TR);
   const int64_t count = div_up(H, rows);
@@ -68,6 +70,7 @@ SB_INLINE int even_rows(int64_t rows, int TR, int H) {
 }
 
 // Phases of one axis for reading x: tap k reads source i*S + k*D - P = (i + q) * S + r - P, q = k*D / S, r = k*D % S.
+// Returns how many different r there are; reach: the largest q.
 SB_INLINE int axis_phases(int K, int S, int D, int* r, int* phase_of, int* q_of, int* reach) {
   int used = 0;
   *reach = 0;
@@ -83,15 +86,16 @@ SB_INLINE int axis_phases(int K, int S, int D, int* r, int* phase_of, int* q_of,
   return used;
 }
 
-// Where the taps of a kernel lie in a band of x: phases, and rows and columns inside of them.
+// Where the taps of a kernel lie in a band of x: phase, and row or column q inside of it; reach: the largest q.
 struct Taps {
   const int *phase_y, *q_y, *phase_x, *q_x;
   int reach_y, reach_x;
 };
 
+// How many integers taps_of needs room for.
 SB_INLINE int64_t taps_room(int KH, int KW) { return 3 * (int64_t(KH) + KW); }
 
-// The band of x but for its rows and columns; taps_room numbers at `mem` are what it and the taps refer to.
+// The taps, and the band of x except for its own rows and columns. Both keep pointers to `mem`.
 template <class T>
 Taps taps_of(const ConvArgs<T>& a, int* mem, Band* b) {
   int *ry = mem, *phase_y = ry + a.KH, *q_y = phase_y + a.KH;
@@ -104,14 +108,14 @@ Taps taps_of(const ConvArgs<T>& a, int* mem, Band* b) {
   return t;
 }
 
-// `rows` destination rows a band.
+// The height of a band that serves `rows` destination rows.
 SB_INLINE void set_rows(Band* b, const Taps& t, int rows) {
   b->rows = rows;
   b->RB = rows + t.reach_y;
   b->channel = int64_t(b->NY) * b->NX * b->RB * b->CB * LANES;
 }
 
-// Of the taps of so many channels, one after the other.
+// offset[(c * KH + ky) * KW + kx] of the first `channels` channels: where in the band that tap reads.
 template <class T>
 void tap_offsets(const ConvArgs<T>& a, const Band& b, const Taps& t, int channels, int32_t* offset) {
   for (int c = 0; c < channels; ++c)
@@ -122,12 +126,12 @@ void tap_offsets(const ConvArgs<T>& a, const Band& b, const Taps& t, int channel
                     ((int64_t(t.phase_y[ky] * b.NX + t.phase_x[kx]) * b.RB + t.q_y[ky]) * b.CB + t.q_x[kx]) * LANES);
 }
 
-// Forward-shaped problem: band of x, one destination phase, nonzeros in CSR order.
+// The plan of a pass over x with the nonzeros in CSR order: forward, and the gradients of values alone.
 //
 // Args:
-//   out_bytes: what a destination row needs in the cache besides.
-//   overhang: more columns, for tiles that stick out on the right and below.
-//   bound, TR, high: at most so many rows a band, a multiple of TR, of so many rows in all.
+//   out_bytes: what a destination row needs in the cache besides the band.
+//   overhang: whether tiles reach beyond the last column, so that the band needs more of them.
+//   bound, TR, high: a band has at most `bound` rows, a multiple of TR, out of `high`.
 template <class T>
 ConvShape<T> forward_shape(const ConvArgs<T>& a, int64_t out_bytes, bool overhang, int64_t bound, int TR, int high) {
   ConvShape<T> s;
@@ -138,7 +142,7 @@ ConvShape<T> forward_shape(const ConvArgs<T>& a, int64_t out_bytes, bool overhan
   Band& b = s.band;
   const int64_t axis = taps_room(a.KH, a.KW);
   const int max_chunks = most(1, int(ix.nnz / most<int64_t>(1, ix.rows) / 2 + 1));
-  // One block: axis tables, then the stencil.
+  // One allocation: the taps, their offsets, then the stencil.
   int32_t* mem = scratch<int32_t>(slot_plan, axis + cols + ix.nnz + ix.rows * int64_t(least(max_chunks, ICg)) + 1);
   int32_t* table = mem + axis;
   s.stencil.offset = table + cols;
@@ -170,6 +174,7 @@ ConvShape<T> forward_shape(const ConvArgs<T>& a, int64_t out_bytes, bool overhan
   return s;
 }
 
+// Among how many tasks the channels of a band are shared, where there are too few bands for all threads.
 SB_INLINE int split_channels(int64_t tasks, int threads, int64_t channels) {
   if (tasks >= 2 * int64_t(threads) || threads == 1) return 1;
   return int(least<int64_t>(div_up(2 * int64_t(threads), tasks), most<int64_t>(1, channels / 8)));

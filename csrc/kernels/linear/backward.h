@@ -1,4 +1,4 @@
-// The backward pass. Included inside an instruction set's namespace; no include guard.
+// The backward pass of a linear layer. No include guard: see isa/kernels.inc.
 
 // grad_bias = sum_n grad_y[n].
 template <class T>
@@ -26,15 +26,15 @@ void bias_grad(const LinearArgs<T>& a) {
   }
 }
 
-// Where the tasks of a backward pass put gradients of values: sums over the samples of several units are made apart,
-// unit by unit or thread by thread, whichever are fewer.
+// Where the tasks of a backward pass put gradients of values. Units have different samples, so their sums go to copies:
+// one per unit or one per thread, whichever are fewer.
 template <class T>
 struct ValueSums {
   int copies;
   bool by_unit;
-  T* sums;         // [copies][nnz]; null: the gradients themselves
-  bool from_zero;  // a copy begins as zeros, and all tasks add to it
-  bool few;        // they fit in half of a second-level cache
+  T* sums;         // [copies][nnz]; null: straight to grad_values
+  bool from_zero;  // copies start as zeros and all tasks add to them
+  bool few;        // all copies fit in half of an L2 cache
 
   ValueSums(const Share& s, const LinearArgs<T>& a, bool apart)
       : copies(int(least<int64_t>(s.units(), a.threads))),
@@ -43,16 +43,16 @@ struct ValueSums {
         from_zero(copies > 1 && !by_unit),
         few(a.index.nnz * copies * int64_t(sizeof(T)) <= (int64_t(512) << 10)) {}
 
-  // Threads have columns of their own here, and rows of their own in the end: nearly every line of sums goes from one
-  // to the others. Where these have caches of their own, too, writing to lines that they still hold takes as long as
-  // the products; what goes past the caches does not wait for them.
+  // Threads write columns here and read rows in the end, so nearly every cache line of sums moves to another core.
+  // Writing to lines that other caches still hold takes as long as the products; non-temporal stores do not wait.
   GradValues<T> of(int64_t unit, const LinearArgs<T>& a) const {
     T* at = sums ? sums + a.index.nnz * (by_unit ? unit : team_member()) : a.grad_values;
     const bool add = from_zero || (!by_unit && unit > 0);
     return {at, add, sums && !add && few && a.threads > 1};
   }
 
-  // In a parallel region, before and after the tasks. from: where the gradient of a value stands in a copy, or null.
+  // To be called in a parallel region, before and after the tasks. from: the place of each gradient in a copy, or null:
+  // they are in order.
   void begin(const LinearArgs<T>& a) const {
     if (!from_zero) return;
 #pragma omp for schedule(static)
@@ -70,9 +70,9 @@ struct ValueSums {
   }
 };
 
-// grad_x = grad_y W over the active weights, by columns of W; grad_values[k] = sum_n grad_y[n][row] x[n][col], made
-// where a column's nonzeros pass by for grad_x, and sorted at the end: written in CSR order at once, they would go all
-// over the array, and threads, which have columns of their own, would write to each other's cache lines.
+// grad_x = grad_y W over the active weights, by columns of W, and grad_values[k] = sum_n grad_y[n][row] x[n][col] in
+// the same loop. These are in CSC order until the end: stores in CSR order would be scattered, and threads, which have
+// different columns, would write to the same cache lines.
 template <class T>
 void backward_both(const LinearArgs<T>& a) {
   const Index& ix = a.index;

@@ -1,7 +1,8 @@
-// The forward pass. Included inside an instruction set's namespace; no include guard.
+// The forward pass of a linear layer; the input gradient is the same product of the transpose. No include guard: see
+// isa/kernels.inc.
 
-// Lane blocks [l0, l1) of a tile, features [f0, f1), from a plain or a lane tensor to packed[feature - f0][l1 -
-// l0][16].
+// Packs lane blocks [l0, l1) of a tile, features [f0, f1), of a plain or a lane tensor into
+// packed[feature - f0][l1 - l0][16].
 template <class T>
 void pack_features(const T* data, Layout layout, int64_t N, int64_t F, int TL, int64_t tile, int l0, int l1, int64_t f0,
                    int64_t f1, T* packed) {
@@ -19,11 +20,11 @@ void pack_features(const T* data, Layout layout, int64_t N, int64_t F, int TL, i
   }
 }
 
-// Destination features computed between two transposes back to row-major. They end in some neighbouring cache lines of
-// each image; with several chunks there are more, so that a chunk is read from cache.
+// Destination features that are computed before they are transposed back to row-major. They fill a few neighbouring
+// cache lines of each sample; with several chunks they are more, so that a chunk of the source is read from the cache.
 SB_INLINE int64_t run_length(int chunks) { return (chunks > 1 ? 16 : 4) * GROUP; }
 
-// What the input gradient yields besides: gradients of values, from x.
+// What linear_rows needs to compute the gradients of values along with the input gradient.
 template <class T>
 struct Correlation {
   const T* x;
@@ -31,7 +32,8 @@ struct Correlation {
   GradValues<T> grad_values;  // in CSC order
 };
 
-// Destination features [d0, d1) of lane blocks [l0, l1) of a tile; `group` holds a run of them, with `both` two.
+// Computes destination features [d0, d1) of lane blocks [l0, l1) of a tile. group: room for a run of features, with
+// `both` for two.
 template <class T>
 void linear_rows(const LinearPass<T>& p, const T* packed, int64_t tile, int l0, int l1, int64_t d0, int64_t d1,
                  T* group, const Correlation<T>* both = nullptr) {
@@ -46,8 +48,8 @@ void linear_rows(const LinearPass<T>& p, const T* packed, int64_t tile, int l0, 
   t.scale = ptrdiff_t(width) * LANES;
   t.value = p.sorted ? p.sorted : p.value;
   t.ptr_step = p.chunks;
-  // With one chunk a row's nonzeros follow the last one's: to ask pays only where they are likely to come from memory.
-  t.ask = p.ptr[p.dst_features] >= (p.chunks > 1 ? MANY : 2 * MANY);
+  // With one chunk the nonzeros are read in order, which the hardware prefetches well unless they come from memory.
+  t.prefetch = p.ptr[p.dst_features] >= (p.chunks > 1 ? MANY : 2 * MANY);
   t.dst_row = 0;
   t.dst_col = LANES;
   t.dst_channel = int64_t(width) * LANES;
@@ -78,14 +80,14 @@ void linear_rows(const LinearPass<T>& p, const T* packed, int64_t tile, int l0, 
         for (int64_t r = t.r0; r < t.r1; ++r)
           copy_lanes(src + (r - d) * step, LANES, LANES, 1, p.dst + (b * p.dst_features + r) * LANES);
       } else {
-        // [features][16] -> [16][features]: the roles of position and image are swapped.
+        // [features][16] -> [16][features]
         unpack_rows(src, step, t.r1 - t.r0, p.dst + b * LANES * p.dst_features + d, p.dst_features, images);
       }
     }
   }
 }
 
-// One direction by itself; lane blocks are shared out, so that what a thread packs stays in its cache.
+// One product without gradients of values. Threads get different lane blocks: each packs less, and it stays cached.
 template <class T>
 void linear_direction(const LinearPass<T>& p, const T* src, Layout src_layout, int threads) {
   const Share s = share_out(p.N, p.TL, threads, p.dst_features, true);

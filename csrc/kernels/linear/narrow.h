@@ -1,7 +1,7 @@
-// Linear layers of very few samples. Included inside an instruction set's namespace; no include guard.
+// Linear layers of up to three samples, forward and backward. No include guard: see isa/kernels.inc.
 
-// A few samples would leave most lanes empty: there a sum runs over the nonzeros of a row instead. With more than
-// these that is slower.
+// So few samples would leave most lanes empty: every sum runs along the nonzeros of a row instead. With more samples
+// that is slower.
 constexpr int NARROW = 2, NARROW_FORWARD = CAN_GATHER ? 3 : NARROW;
 
 template <class T>
@@ -12,7 +12,7 @@ SB_INLINE bool is_narrow(const LinearArgs<T>& a, int most_samples) {
 // dst[n][d] = bias[d] + sum over the nonzeros (d, s) of value * src[n][s] for n < B; see LinearPass.
 template <class T, int B, bool ORDERED>
 void narrow_rows(const LinearPass<T>& p, const T* src, int64_t d0, int64_t d1) {
-  constexpr int CHAINS = 4;  // sums that do not wait for each other
+  constexpr int CHAINS = 4;  // independent sums, to hide latency
   const auto add = [&](T* sum, int32_t k) {
     const T v = p.value[ORDERED ? p.order[k] : k];
     const T* x = src + p.index[k];

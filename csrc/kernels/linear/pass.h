@@ -1,16 +1,18 @@
-// Sparse linear layer. Included inside an instruction set's namespace; no include guard.
+// A sparse linear layer: arguments of a pass, and how its work is divided. No include guard: see isa/kernels.inc.
 //
-// Samples lie in the lanes and TL lane blocks side by side, [features][TL][16]: a linear layer is the stencil of tile.h
-// over one row of TL columns, and one nonzero serves up to TL*16 samples.
+// Samples are packed as [features][TL][16], TL blocks of lanes side by side. A linear layer then works on tiles of one
+// row and TL columns (see tile/), and one nonzero serves up to TL * 16 samples.
 
-constexpr int GROUP = 16;  // destination features computed between two transposes back to row-major
+constexpr int GROUP = 16;  // features are split at multiples of this
 
+// TL: at most MAX_TILE lane blocks, so that tiles have about the same size.
 SB_INLINE int lane_blocks(int64_t N) {
   const int64_t blocks = div_up(N, LANES);
   return int(div_up(blocks, div_up(blocks, MAX_TILE)));
 }
 
-// Features a pass covers, so that the packed source of a pass stays in half of a typical second-level cache.
+// Into how many chunks the source features are split, so that the packed source of a chunk stays in half of a typical
+// L2 cache, as long as a chunk still has a few nonzeros per row.
 SB_INLINE int linear_chunks(const Index& ix, int64_t features, int64_t rows, int64_t bytes_per_feature) {
   const double L2 = 640 << 10, FEW = 12;
   int chunks = int(double(features * bytes_per_feature) / L2 + 0.999);
@@ -18,7 +20,8 @@ SB_INLINE int linear_chunks(const Index& ix, int64_t features, int64_t rows, int
   return most(1, least(chunks, bound));
 }
 
-// out[k] = sum of sums[from[k]], or sums[k], over the copies, for k in [k0, k1).
+// out[k] = the sum over the copies of sums[from[k]] (without `from`: sums[k]), for k in [k0, k1). Copies are `stride`
+// elements apart.
 template <class T>
 void sum_copies(const T* sums, int64_t stride, int copies, const int32_t* from, int64_t k0, int64_t k1, T* out) {
   int64_t k = k0;
@@ -34,24 +37,24 @@ void sum_copies(const T* sums, int64_t stride, int copies, const int32_t* from, 
   }
 }
 
-// One direction: dst[n][d] = bias[d] + sum of value * src[n][s] over the nonzeros (d, s). `ptr` and `index` are CSR
-// (forward) or CSC (input gradient).
+// One product: dst[n][d] = bias[d] + sum of value * src[n][s] over the nonzeros (d, s). `ptr` and `index` are in CSR
+// order (forward) or CSC order (input gradient).
 template <class T>
 struct LinearPass {
   int64_t N, dst_features, src_features;
   const int32_t* ptr;
   const int32_t* index;   // source feature of each nonzero
-  const int32_t* order;   // place of each nonzero's value, or null: they stand in order
-  const int32_t* starts;  // dst_features x chunks + 1; with one chunk, ptr
+  const int32_t* order;   // value[order[k]] belongs to nonzero k; null: value[k] does
+  const int32_t* starts;  // where each chunk of each row begins, dst_features x chunks + 1; with one chunk, ptr
   const T* value;
-  T* sorted;  // not null: where sort_values is to bring the values into order
+  T* sorted;  // not null: sort_values puts the values here, in the order of the nonzeros
   const T* bias;
   T* dst;
   Layout dst_layout;
   int TL, chunks;
 
-  // At the beginning of a parallel region. The values are read from all over the array: here many loads are on their
-  // way at once, among the products only a few.
+  // To be called at the start of a parallel region. These loads are scattered: in a loop of their own many of them are
+  // in flight at once, between the multiply-adds only a few.
   void sort_values() const {
     if (!sorted) return;
     const int64_t nnz = ptr[dst_features], piece = 1024;
@@ -60,9 +63,9 @@ struct LinearPass {
   }
 };
 
-// How the work is shared out: tasks (unit, part). A unit is a tile, or some lane blocks of one; a part is a share of
-// the destination features. A thread packs for itself what its tasks read: copies that threads share would have to
-// cross between their caches, which takes longer.
+// How the work is divided into tasks (unit, part). A unit is a tile, or some lane blocks of one; a part is a share of
+// the destination features. Every thread packs what its own tasks read: packed data shared between threads would have
+// to move between their caches, which takes longer.
 struct Share {
   int64_t tiles;
   int subs, width;  // units a tile, lane blocks a unit
@@ -71,12 +74,14 @@ struct Share {
   int64_t tasks() const { return units() * parts; }
 };
 
-// Lane blocks go to different threads, if they may, and then as many parts as it takes for all to have about the same.
+// by_lanes: the lane blocks of a tile may go to different threads. Then features are split into more parts until all
+// threads have about the same number of tasks.
 SB_INLINE Share share_out(int64_t N, int TL, int threads, int64_t features, bool by_lanes) {
   Share s;
   s.tiles = div_up(div_up(N, LANES), TL);
   const int want = by_lanes ? int(most<int64_t>(1, div_up(threads, s.tiles))) : 1;
-  s.width = int(div_up(TL, least(want, int(div_up(TL, 2)))));  // under two lane blocks the index dominates
+  s.width =
+      int(div_up(TL, least(want, int(div_up(TL, 2)))));  // with fewer than two lane blocks, reading the index dominates
   s.subs = int(div_up(TL, s.width));
   const int most_parts = int(most<int64_t>(1, least<int64_t>(2 * threads, features / GROUP)));
   s.parts = 1;
@@ -89,13 +94,14 @@ SB_INLINE int linear_parts(int threads, int64_t features) {
   return int(most<int64_t>(1, least<int64_t>(4 * int64_t(threads), features / GROUP)));
 }
 
-// First feature of part p: about equal nonzeros, on a multiple of GROUP.
+// First feature of part p, a multiple of GROUP: parts have about equal nonzeros.
 SB_INLINE int64_t linear_part(const int32_t* ptr, int64_t features, int parts, int p) {
   const int64_t at = part_start(ptr, 1, features, parts, p);
   return p >= parts ? features : at / GROUP * GROUP;
 }
 
-// The arguments of one direction; in chunks only where `kept` tells their starts.
+// The arguments of the forward pass or of the input gradient. kept: where the starts of chunks are cached; null: one
+// chunk, and values are not sorted.
 template <class T>
 LinearPass<T> linear_pass(const LinearArgs<T>& a, bool forward, ChunkStarts* kept) {
   LinearPass<T> p;

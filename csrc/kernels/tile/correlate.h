@@ -1,5 +1,6 @@
-// Correlating. Included inside an instruction set's namespace; no include guard.
+// The inner loop of the gradients of values alone. No include guard: see isa/kernels.inc.
 
+// Fields as in GatherTile.
 template <class T>
 struct CorrelateTile {
   const T* src;
@@ -12,7 +13,7 @@ struct CorrelateTile {
   int64_t r0, r1;
   const T* grad;  // tile of the output gradient, of channel r0
   ptrdiff_t grad_channel, grad_row;
-  int rows, cols;  // how many of the tile's positions exist; the others count as zero
+  int rows, cols;  // the part of the tile that exists; the rest counts as zero
   GradValues<T> grad_values;
 };
 

@@ -1,7 +1,7 @@
-// Gathering. Included inside an instruction set's namespace; no include guard.
+// The inner loop of forward passes and input gradients. No include guard: see isa/kernels.inc.
 
-constexpr int64_t MANY = 16384;  // nonzeros that do not stay in the first-level cache
-constexpr int AHEAD = 2;         // so many channels before its turn, what belongs to a channel is fetched
+constexpr int64_t MANY = 16384;  // from this many nonzeros on, they do not stay in the L1 cache
+constexpr int AHEAD = 2;         // how many channels ahead data is prefetched
 
 template <class T>
 struct GatherTile {
@@ -10,33 +10,34 @@ struct GatherTile {
   const int32_t* offset;  // per nonzero, in units of `scale` elements of src
   ptrdiff_t scale = 1;
   const T* value;        // per nonzero, same order
-  const int32_t* begin;  // first nonzero of destination channel r: begin[r * ptr_step]; its end: end[r * ptr_step]
+  const int32_t* begin;  // nonzeros of destination channel r: [begin[r * ptr_step], end[r * ptr_step])
   const int32_t* end;
   ptrdiff_t ptr_step;
-  bool ask = false;  // for the nonzeros of later rows in advance
+  bool prefetch = false;  // of the nonzeros of later channels
   int64_t r0, r1;
   T* dst;  // of channel r0
   ptrdiff_t dst_channel, dst_row, dst_col;
-  const T* bias;                 // of channel r0; null: none
-  bool first, last;              // of the chunks that a sum is made in
-  T* sums;                       // between chunks: [r1 - r0][TR * TC][LANES]
-  bool past_the_caches = false;  // how dst is written
-  // Not null: mean and sum of squared deviations [r1 - r0][2][LANES] of what was written, `count` in each lane so far.
+  const T* bias;                 // from channel r0 on; null: none
+  bool first, last;              // whether this is the first, the last chunk of source channels
+  T* sums;                       // kept between chunks: [r1 - r0][TR * TC][LANES]
+  bool past_the_caches = false;  // write dst with non-temporal stores
+  // Not null: running moments of dst, mean and sum of squared deviations: [r1 - r0][2][LANES], of `count` values a
+  // lane.
   T* moments = nullptr;
   T count = 0;
-  // Not null: where dst is the gradient of what a norm with a ReLU makes of x: the sums that norm_reduce takes of what
-  // the ReLU lets pass, [r1 - r0][2][LANES]. x lies as dst does; the others are of channel r0.
+  // Not null: dst is the gradient of relu(norm(x)), and the sums of norm_reduce are added up here, per lane:
+  // [r1 - r0][2][LANES]. x has the layout of dst; scale, shift and mean of the norm begin with channel r0.
   T* reduced = nullptr;
   const T* x = nullptr;
   const T* x_scale = nullptr;
   const T* x_shift = nullptr;
   const T* x_mean = nullptr;
-  // Where .at is not null: what correlate_tile sums for `own`, so that src is loaded once for both.
+  // Where .at is not null: the gradients of values, too; see gather_both.h.
   GradValues<T> grad_values{};
   OwnTile<T> own{};
 };
 
-// What the sums of channel r begin with.
+// Initial sums of channel r: its bias, or what the chunks before have added up.
 template <class T, int TR, int TC>
 SB_INLINE void begin_tile(const GatherTile<T>& t, int64_t r, int part, const T* sums, V<T> (&acc)[TR][TC]) {
   const V<T> b = splat<T>(t.first && t.bias ? t.bias[r - t.r0] : T(0));
@@ -44,8 +45,8 @@ SB_INLINE void begin_tile(const GatherTile<T>& t, int64_t r, int part, const T* 
     for (int j = 0; j < TC; ++j) acc[i][j] = t.first ? b : load(sums + (i * TC + j) * LANES + part);
 }
 
-// What becomes of them: they are stored, and what else is wanted is taken of them. half: where the first halves of
-// lines wait for the second ones, which are the next part's.
+// Stores the sums of channel r and updates `moments` and `reduced`. half: where a cache line takes two vectors, the
+// first one is kept here, and both are written together with the next part.
 template <class T, int TR, int TC>
 SB_INLINE void finish_tile(const GatherTile<T>& t, int64_t r, int part, const V<T> (&acc)[TR][TC], T* dst, T* sums,
                            V<T> (&half)[TR][TC]) {
@@ -89,9 +90,9 @@ SB_INLINE void finish_tile(const GatherTile<T>& t, int64_t r, int part, const V<
   }
 }
 
-// Fetches the nonzeros of channel r, if there is one.
+// Prefetches the nonzeros of channel r, if there is such a channel.
 template <class T>
-SB_INLINE void ask_for(const GatherTile<T>& t, int64_t r) {
+SB_INLINE void prefetch_nonzeros(const GatherTile<T>& t, int64_t r) {
   if (r >= t.r1) return;
   const int32_t end = t.end[r * t.ptr_step], line = LINE / int(sizeof(int32_t));
   for (int32_t k = t.begin[r * t.ptr_step]; k < end; k += line) {
@@ -103,8 +104,8 @@ SB_INLINE void ask_for(const GatherTile<T>& t, int64_t r) {
 // dst[r][i][j][:] = bias[r] + sum_k value[k] * src[offset[k] + i*src_row + j*LANES + :].   Cost: nnz * TR * TC FMAs.
 template <class T, int TR, int TC>
 void gather_tile_only(const GatherTile<T>& t) {
-  // Enough sums at once to keep the multipliers busy: of all lanes of a position, if they fit into the registers, and
-  // of even and odd nonzeros apart.
+  // Enough independent sums to hide the latency of multiply-adds: several vectors of a position, and for small tiles
+  // even and odd nonzeros apart.
   constexpr int n = Vec<T>::n, P = registers_at_once<T>(TR * TC), CHAINS = P * TR * TC <= MAX_TILE / 2 ? 2 : 1;
   const int32_t* const offset = t.offset;
   const T* const value = t.value;
@@ -114,7 +115,7 @@ void gather_tile_only(const GatherTile<T>& t) {
     T* sums = t.first && t.last ? nullptr : t.sums + (r - t.r0) * TR * TC * LANES;
     const int32_t k0 = t.begin[r * t.ptr_step], k1 = t.end[r * t.ptr_step];
     if (k0 == k1 && !t.first && !t.last) continue;
-    if (t.ask) ask_for(t, r + AHEAD);
+    if (t.prefetch) prefetch_nonzeros(t, r + AHEAD);
     V<T> half[TR][TC];
     for (int part = 0; part < LANES; part += P * n) {
       V<T> acc[CHAINS][P][TR][TC] = {};

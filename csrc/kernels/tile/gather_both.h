@@ -1,12 +1,13 @@
-// Gathering and correlating in one pass. Included inside an instruction set's namespace; no include guard.
+// The inner loop of both gradients in one pass, and the choice of the gathering loop. No include guard: see
+// isa/kernels.inc.
 
-// The same, and the gradients of values: what correlate_tile does for t.own.
+// gather_tile_only, and for the gradients of values what correlate_tile does, with t.own for its `grad`.
 template <class T, int TR, int TC>
 void gather_tile_both(const GatherTile<T>& t) {
   constexpr int n = Vec<T>::n;
   V<T> room[SumQueue<T>::ROOM];
   SumQueue<T> queue(room);
-  // Copies, since what is stored could lie over t, for all the compiler knows: it would read them for every nonzero.
+  // Local copies: a store could overwrite t, as far as the compiler knows, and it would reload them for every nonzero.
   const GradValues<T> grad_values = t.grad_values;
   const int32_t* const offset = t.offset;
   const T* const value = t.value;
@@ -24,13 +25,13 @@ void gather_tile_both(const GatherTile<T>& t) {
       }
       continue;
     }
-    if (t.ask) ask_for(t, r + AHEAD);
+    if (t.prefetch) prefetch_nonzeros(t, r + AHEAD);
     if (t.first) {
       const T* next = t.own.data + (r - t.r0 + AHEAD) * t.own.channel;
       for (int i = 0; i < TR; ++i)
         for (int j = 0; j < TC; ++j) __builtin_prefetch(next + i * t.own.row + j * t.own.col);
     }
-    V<T> between[LANES / n][TR][TC];  // the sums between two pieces of the row
+    V<T> between[LANES / n][TR][TC];  // sums between two pieces of the row
     for (int32_t k = k0, end; k < k1; k = end) {
       end = piece_end<T>(k, k1);
       for (int part = 0; part < LANES; part += n) {
@@ -45,7 +46,7 @@ void gather_tile_both(const GatherTile<T>& t) {
         queue.put_part(part, k, end, grad_values, [&](int32_t k, V<T> sum) {
           const ptrdiff_t at = TR == 1 ? offset[k] * scale : offset[k];
           const V<T> v = splat<T>(value[k]);
-          V<T> s[2] = {sum, zero<T>()};  // two chains: the out-of-order window overlaps neighbouring nonzeros
+          V<T> s[2] = {sum, zero<T>()};  // two chains; out-of-order execution overlaps neighbouring nonzeros
           for (int i = 0; i < TR; ++i)
             for (int j = 0; j < TC; ++j) {
               V<T> g = load(src[i] + at + j * LANES);

@@ -1,14 +1,14 @@
-// Sums over the lanes of registers. Included inside an instruction set's namespace; no include guard.
+// Gradients of values: one sum over all lanes for each nonzero. No include guard: see isa/kernels.inc.
 
-// Where the gradients of values go: nonzero k's to at[k].
+// Destination of the gradients of values: that of nonzero k goes to at[k].
 template <class T>
 struct GradValues {
   T* at;
-  bool add;                      // or set
-  bool past_the_caches = false;  // how they are set
+  bool add;                      // else overwrite
+  bool past_the_caches = false;  // overwrite with non-temporal stores
 };
 
-// The sums of the lanes of sum[0..m) become those of the nonzeros from k on.
+// Adds up the lanes of sum[0], ..., sum[m - 1]: the gradients of nonzeros k, ..., k + m - 1. `sum` has n vectors.
 template <class T>
 SB_INLINE void pass_sums(const V<T>* sum, int m, const GradValues<T>& to, int32_t k) {
   constexpr int n = Vec<T>::n;
@@ -25,26 +25,27 @@ SB_INLINE void pass_sums(const V<T>* sum, int m, const GradValues<T>& to, int32_
   }
 }
 
+// pass_sums where m may be below n. Not inlined: it is rare.
 template <class T>
 __attribute__((noinline)) void pass_fewer_sums(V<T>* sum, int m, const GradValues<T>& to, int32_t k) {
   for (int q = m; q < Vec<T>::n; ++q) sum[q] = zero<T>();
   pass_sums<T>(sum, m, to, k);
 }
 
-// So many nonzeros are taken through all parts of the lanes before their sums are reduced.
+// Where LANES are several vectors, they are taken one after the other for at most this many nonzeros at once.
 constexpr int HELD = 256;
 
-// Registers whose lanes are still to be summed, of nonzeros that follow one another. A register is reduced together
-// with its neighbours, across rows too: rows of a chunk are short. What goes past the caches begins with fewer, so that
-// all others go to a vector's border. They lie apart from what tells where they end, which is then a register's, too.
+// A queue of vectors whose lanes are still to be added up, one for each of several consecutive nonzeros. n of them are
+// reduced together, across rows too: rows of a chunk are short. Where stores are non-temporal, the first batch is
+// smaller, so that the others are aligned. The vectors lie outside of this struct: its pointers can be in registers.
 template <class T>
 struct SumQueue {
   static constexpr int n = Vec<T>::n, ROOM = n < LANES ? n + HELD : n;
 
-  V<T>* const begin;  // ROOM
+  V<T>* const begin;  // has ROOM vectors
   V<T>* end;
-  V<T>* full;  // where *end is the last one
-  int32_t k;   // the nonzero of *begin; below 0: nothing was put yet
+  V<T>* full;  // the queue is reduced when `end` gets here
+  int32_t k;   // the nonzero of *begin; below 0: none yet
 
   SB_INLINE explicit SumQueue(V<T>* room) : begin(room), end(room), full(room + n), k(-1) {}
   SB_INLINE void put(V<T> v, const GradValues<T>& to) {
@@ -63,7 +64,7 @@ struct SumQueue {
     if (end != begin) pass_fewer_sums<T>(begin, int(end - begin), to, k);
     end = begin;
   }
-  // What is put next is of the nonzeros from `next` on.
+  // What is put from here on belongs to the nonzeros from `next` on.
   SB_INLINE void seek(int32_t next, const GradValues<T>& to) {
     if (k + (end - begin) == next) return;
     flush(to);
@@ -71,8 +72,8 @@ struct SumQueue {
     full = begin + n;
     if (CAN_STREAM && to.past_the_caches) full -= reinterpret_cast<uintptr_t>(to.at + k) / sizeof(T) % n;
   }
-  // Puts product(k, sum), which is `sum` and more, for at most HELD nonzeros: of one part of the lanes after the other,
-  // each on top of those before it.
+  // Puts the sums over all lanes of nonzeros [k0, k1), see piece_end. To be called for part = 0, n, 2 * n, ...:
+  // product(k, sum) adds the lanes from `part` on to `sum`, which has those before them; the last call fills the queue.
   template <class F>
   SB_INLINE void put_part(int part, int32_t k0, int32_t k1, const GradValues<T>& to, F product) {
     if constexpr (n == LANES) {
@@ -93,7 +94,7 @@ struct SumQueue {
   }
 };
 
-// How many of a row's nonzeros are taken through all parts of the lanes at once.
+// Where the nonzeros that one round of put_part takes from [k, k1) end.
 template <class T>
 SB_INLINE int32_t piece_end(int32_t k, int32_t k1) {
   return Vec<T>::n == LANES || k1 - k < HELD ? k1 : k + HELD;

@@ -1,16 +1,16 @@
-// The two inner loops of the package. Included inside an instruction set's namespace; no include guard on purpose.
+// Tiles, the unit of work of the package's inner loops. No include guard: see isa/kernels.inc.
 //
-// A tile is TR x TC positions of LANES samples each. Its positions lie in `src` at row pitch `src_row` and column pitch
-// LANES; a nonzero shifts the whole tile by its offset. Forward and input gradient *gather* (the tile's sums stay in
-// registers while the nonzeros of one destination channel pass by), the value gradient *correlates* (a tile stays in
-// registers, every nonzero yields one sum). Both gradients together do both with one load: a tile of x and the sums of
-// its gradient stay while the output gradient passes by.
+// A tile is TR x TC positions of LANES samples each, at row pitch `src_row` and column pitch LANES in `src`. A nonzero
+// shifts the whole tile by its offset. There are three inner loops over the nonzeros of a channel:
+//   gather.h (forward, input gradient): a tile of sums stays in registers, every nonzero adds a shifted source tile.
+//   correlate.h (gradient of the values): a tile of the output gradient stays in registers, every nonzero yields one
+//   sum. gather_both.h (both gradients): a tile of x and the sums of its gradient stay, and every load serves both.
 
-// Sums and own values of a tile fill sixteen registers. With no more than those some are spilled; smaller tiles are
-// slower still.
+// Most positions of a tile: its sums and its own values (see OwnTile) then take sixteen registers. Instruction sets
+// that have no more than these spill some, but smaller tiles are slower still.
 constexpr int MAX_TILE = 8;
 
-// Registers of a position that are summed at once.
+// How many of a position's vectors are summed at the same time: as many as fit into MAX_TILE registers.
 template <class T>
 constexpr int registers_at_once(int positions) {
   int count = LANES / Vec<T>::n;
@@ -24,18 +24,20 @@ SB_INLINE void copy_tile(const V<T> (&from)[TR][TC], V<T> (&to)[TR][TC]) {
     for (int j = 0; j < TC; ++j) to[i][j] = from[i][j];
 }
 
-// A tile of the destination's own values, of channel r0: what is gathered is multiplied with it.
+// A tile at the place of the destination (x, where dst is its gradient), from channel r0 on. Multiplied with what is
+// gathered, it yields the gradients of the values.
 template <class T>
 struct OwnTile {
   const T* data;
   ptrdiff_t channel, row, col;
-  const T* scale;  // of channel r0: a norm that the values go through first; null: none
+  const T* scale;  // from channel r0 on: a batch norm to apply first; null: none
   const T* shift;
   bool relu;
-  int images;                // the lanes that exist; the others count as zero
-  int skip_rows, skip_cols;  // so many of the tile's first rows and columns count as zero
+  int images;                // lanes from here on count as zero
+  int skip_rows, skip_cols;  // this many first rows and columns count as zero: another tile has had them
 };
 
+// Loads one vector of lanes, from lane `part` on, of channel r0 + r.
 template <class T, int TR, int TC>
 SB_INLINE void load_own(const OwnTile<T>& t, int64_t r, int part, V<T> (&own)[TR][TC]) {
   const T* p = t.data + r * t.channel + part;

@@ -103,25 +103,8 @@ struct Walk {
   int64_t image() const { return C * plane; }
 };
 
-// Copies positions [p, p + len) of channels [c0, c1) of image block nb to dst[(c - c0) * dst_channel + i * LANES +
-// lane].
-template <class T>
-void read_block(const Walk& w, const T* data, int64_t nb, int images, int64_t c0, int64_t c1, int64_t p, int64_t len,
-                T* dst, int64_t dst_channel) {
-  if (w.layout == Layout::channels_last) {
-    for (int64_t i = 0; i < len; ++i)
-      pack_rows(data + w.at(nb, c0, p + i), w.image(), images, c1 - c0, dst + i * LANES, dst_channel);
-    return;
-  }
-  for (int64_t c = c0; c < c1; ++c, dst += dst_channel) {
-    if (w.layout == Layout::lanes)
-      copy_lanes(data + w.at(nb, c, p), LANES, images, len, dst);
-    else
-      pack_rows(data + w.at(nb, c, p), w.image(), images, len, dst, LANES);
-  }
-}
-
-// The reverse, for plain and channels_last tensors.
+// Writes src[(c - c0) * src_channel + i * LANES + lane] to positions [p, p + len) of channels [c0, c1) of image block
+// nb in a plain or channels_last tensor.
 template <class T>
 void write_block(const Walk& w, T* data, int64_t nb, int images, int64_t c0, int64_t c1, int64_t p, int64_t len,
                  const T* src, int64_t src_channel, bool past_the_caches) {

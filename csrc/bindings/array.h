@@ -14,6 +14,8 @@
 
 namespace sparsebreg {
 
+namespace py = pybind11;
+
 struct Array {
   const void* data = nullptr;  // not null, even where size is 0
   int64_t size = 0;            // elements
@@ -23,7 +25,7 @@ struct Array {
   int itemsize = 0;
   bool contiguous = false;  // in C order
   bool writable = false;
-  pybind11::handle object;
+  py::handle object;
 
   template <class T>
   bool is() const {
@@ -39,23 +41,22 @@ struct Array {
 // Arguments of this type, or of one derived from it, are read through DLPack's table of C functions. False where the
 // type has none that is understood here: then tensors cross as NumPy arrays. parameter: a type derived from it that
 // adds nothing to it.
-bool accept_tensors(pybind11::handle type, pybind11::handle parameter);
+bool accept_tensors(py::handle type, py::handle parameter);
 
 // False where `object` is neither an array nor a tensor over memory of the CPU.
-bool view(pybind11::handle object, Array& array);
+bool view(py::handle object, Array& array);
 
 // The same of a tensor without a type of its own; whatever is wrong with it, the answer is false.
-bool view_ordinary(pybind11::handle object, Array& array) noexcept;
+bool view_ordinary(py::handle object, Array& array) noexcept;
 
 // An uninitialised array from the pool, whose memory goes back to it when the last tensor or array over it dies.
 // channels_last: of four sizes, the second is innermost in memory.
-pybind11::array pool_empty(const std::vector<pybind11::ssize_t>& shape, const pybind11::dtype& dtype,
-                           bool channels_last);
+py::array pool_empty(const std::vector<py::ssize_t>& shape, const py::dtype& dtype, bool channels_last);
 
 // The same of floats, contiguous, of at most four sizes: a tensor where tensors are accepted, else an array. Throws
 // std::bad_alloc.
 struct Made {
-  pybind11::object object;
+  py::object object;
   void* data;
 };
 Made make_floats(int itemsize, std::initializer_list<int64_t> shape);

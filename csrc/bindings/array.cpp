@@ -1,4 +1,4 @@
-#include "array.h"
+#include "bindings/array.h"
 
 #include <algorithm>
 #include <memory>
@@ -6,8 +6,6 @@
 #include <vector>
 
 #include "pool.h"
-
-namespace py = pybind11;
 
 namespace sparsebreg {
 namespace {

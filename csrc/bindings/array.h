@@ -1,6 +1,6 @@
-// What crosses from Python: a NumPy array or, where torch hands its tensors to C, a tensor, seen through its memory. A
-// tensor costs a tenth of what `.numpy()` does, which counts where a layer is small. Only for arguments of a call: a
-// view keeps nothing alive. And what is made for Python here.
+// Arrays from Python, which are read and written in place, and new arrays for Python. An argument is a NumPy array or,
+// where torch exports DLPack's table of C functions, a tensor: that takes a tenth of the time of `.numpy()`, which
+// matters for small layers.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -16,6 +16,7 @@ namespace sparsebreg {
 
 namespace py = pybind11;
 
+// An argument of a call. It does not keep its memory alive.
 struct Array {
   const void* data = nullptr;  // not null, even where size is 0
   int64_t size = 0;            // elements
@@ -38,22 +39,21 @@ struct Array {
   std::string dtype_name() const;
 };
 
-// Arguments of this type, or of one derived from it, are read through DLPack's table of C functions. False where the
-// type has none that is understood here: then tensors cross as NumPy arrays. parameter: a type derived from it that
-// adds nothing to it.
+// From here on, arguments of this type or a derived one are read through DLPack. False where the type does not support
+// the version used here: then tensors are passed as NumPy arrays. parameter: a derived type that adds no behaviour.
 bool accept_tensors(py::handle type, py::handle parameter);
 
-// False where `object` is neither an array nor a tensor over memory of the CPU.
+// Fills `array`; false where `object` is neither an array nor a tensor in CPU memory.
 bool view(py::handle object, Array& array);
 
-// The same of a tensor without a type of its own; whatever is wrong with it, the answer is false.
+// The same for tensors of exactly the two types of accept_tensors; false for others and on any error.
 bool view_ordinary(py::handle object, Array& array) noexcept;
 
-// An uninitialised array from the pool, whose memory goes back to it when the last tensor or array over it dies.
-// channels_last: of four sizes, the second is innermost in memory.
+// An uninitialised array from the pool. Its memory goes back to the pool when the last tensor or array over it dies.
+// channels_last: the shape has four sizes, of which the second is innermost in memory.
 py::array pool_empty(const std::vector<py::ssize_t>& shape, const py::dtype& dtype, bool channels_last);
 
-// The same of floats, contiguous, of at most four sizes: a tensor where tensors are accepted, else an array. Throws
+// The same for floats, contiguous, with at most four sizes: a tensor where tensors are accepted, else an array. Throws
 // std::bad_alloc.
 struct Made {
   py::object object;

@@ -1,6 +1,6 @@
-// What all bindings share: checks of arguments, and the choice of a kernel. Files of this folder are the only ones that
-// see pybind11: they check every argument, drop the GIL, call. Tensors cross as NumPy arrays that share their memory;
-// nothing is ever converted, since an output taken with a conversion would be written to a copy.
+// What all bindings share: checks of arguments, and calls of kernels. Only the files of this folder see pybind11. A
+// binding checks every argument, releases the GIL and calls a kernel. Tensors and arrays are read and written in place
+// (see array.h) and never converted: an output that was converted would be a copy, and its caller would see nothing.
 #pragma once
 
 #include <pybind11/stl.h>
@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 #include "bindings/array.h"
 #include "dispatch.h"
@@ -19,7 +20,7 @@ namespace sparsebreg {
 }
 
 template <class T>
-inline void check(const char* name, const Array& a, int64_t size, bool writable) {
+void check(const char* name, const Array& a, int64_t size, bool writable) {
   if (!a.is<T>())
     throw py::type_error(std::string(name) + ": expected dtype " +
                          std::string(py::str(static_cast<py::handle>(py::dtype::of<T>()))) + ", got " + a.dtype_name());
@@ -57,6 +58,10 @@ inline int check_threads(int threads) {
   return threads;
 }
 
+inline void check_batch(int64_t N) {
+  if (N < 0) refuse("N", "at least 0", std::to_string(N));
+}
+
 inline void check_shape(const char* name, int64_t rows, int64_t cols) {
   if (rows < 0 || cols < 0 || rows > INT32_MAX || cols > INT32_MAX)
     refuse(name, "sizes from 0 to 2147483647", std::to_string(rows) + " x " + std::to_string(cols));
@@ -67,7 +72,7 @@ inline Layout layout_of(const char* name, int layout, int last) {
   return Layout(layout);
 }
 
-// Elements of N samples (in the lane layout: of whole blocks) of `sizes`.
+// The number of elements of N samples of the given sizes; in the lane layout the last block of samples counts whole.
 inline int64_t elements(const char* name, int64_t N, Layout layout, std::initializer_list<int64_t> sizes) {
   const bool fits = N >= 0 && N <= INT64_MAX - LANES;
   if (fits && layout == Layout::lanes) N = (N + LANES - 1) / LANES * LANES;
@@ -77,37 +82,37 @@ inline int64_t elements(const char* name, int64_t N, Layout layout, std::initial
   return N;
 }
 
-// Tiny work runs on the calling thread: a parallel region costs a few microseconds.
+// How many threads to use. Little work stays on the calling thread: a parallel region costs a few microseconds.
 inline int team(int threads, double multiply_adds) {
   return check_threads(threads) > 1 && multiply_adds < 40000 ? 1 : threads;
 }
 
+// Returns f(T(0)), where T is the type of `values`.
 template <class F>
-inline void for_dtype(const Array& values, F f) {
+auto for_dtype(const Array& values, F f) {
   if (values.is<float>()) return f(float(0));
   if (values.is<double>()) return f(double(0));
   throw py::type_error("values: expected dtype float32 or float64, got " + values.dtype_name());
 }
 
 template <class T>
-const Kernels<T>& kernels_of();
-template <>
-inline const Kernels<float>& kernels_of<float>() {
-  return active_table().f32;
-}
-template <>
-inline const Kernels<double>& kernels_of<double>() {
-  return active_table().f64;
+const Kernels<T>& kernels_of() {
+  if constexpr (std::is_same_v<T, float>)
+    return active_table().f32;
+  else
+    return active_table().f64;
 }
 
-inline void check_batch(int64_t N) {
-  if (N < 0) refuse("N", "at least 0", std::to_string(N));
+// Calls a kernel without the GIL.
+template <class Result, class... Params, class... Args>
+Result run(Result (*kernel)(Params...), const Args&... args) {
+  py::gil_scoped_release nogil;
+  return kernel(args...);
 }
 
-// What backward passes of linear and convolution layers read.
+// Sets what the backward passes of linear layers and convolutions read.
 template <class T, class Args>
-inline void take_sources(Args& a, const Array& grad_y, int64_t y_size, const Maybe& x, int64_t x_size,
-                         bool wants_values) {
+void take_sources(Args& a, const Array& grad_y, int64_t y_size, const Maybe& x, int64_t x_size, bool wants_values) {
   a.grad_y = in<T>("grad_y", grad_y, y_size);
   a.x = maybe_in<T>("x", x, x_size);
   if (wants_values && !a.x) refuse("x", "the input of the layer, for grad_values", "None");

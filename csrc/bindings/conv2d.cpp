@@ -1,13 +1,16 @@
-// Convolutions.
+// Convolutions, and the gradients of all their weights.
 #include "bindings/native_index.h"
 #include "bindings/norm.h"
 
 namespace sparsebreg {
 namespace {
 
-// Sizes and layouts.
+// (scale, shift, relu) of a batch norm that x goes through first.
+using MaybeNorm = std::optional<std::tuple<Array, Array, bool>>;
+
+// Sizes and layouts, and the norm of x.
 template <class T>
-ConvArgs<T> conv_sizes(int64_t N, const std::vector<int>& geometry, int x_layout, int y_layout) {
+ConvArgs<T> conv_sizes(int64_t N, const std::vector<int>& geometry, int x_layout, int y_layout, const MaybeNorm& norm) {
   check_batch(N);
   if (geometry.size() != 13)
     refuse("geometry", "(IC, H, W, OC, KH, KW, SH, SW, PH, PW, DH, DW, G)",
@@ -15,11 +18,12 @@ ConvArgs<T> conv_sizes(int64_t N, const std::vector<int>& geometry, int x_layout
   ConvArgs<T> a{};
   a.N = N;
   int* const fields[] = {&a.IC, &a.H, &a.W, &a.OC, &a.KH, &a.KW, &a.SH, &a.SW, &a.PH, &a.PW, &a.DH, &a.DW, &a.G};
-  for (int i = 0; i < 13; ++i) *fields[i] = geometry[size_t(i)];
   const int lower[] = {1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1};
-  for (int i = 0; i < 13; ++i)
-    if (geometry[size_t(i)] < lower[i])
-      refuse("geometry", "sizes, strides and dilations of at least 1", std::to_string(geometry[size_t(i)]));
+  for (size_t i = 0; i < 13; ++i) {
+    *fields[i] = geometry[i];
+    if (geometry[i] < lower[i])
+      refuse("geometry", "sizes, strides and dilations of at least 1", std::to_string(geometry[i]));
+  }
   if (a.IC % a.G || a.OC % a.G) refuse("geometry", "channels divisible by groups", std::to_string(a.G) + " groups");
   const int64_t reach_y = int64_t(a.DH) * (a.KH - 1), reach_x = int64_t(a.DW) * (a.KW - 1);
   const int64_t padded_h = a.H + 2 * int64_t(a.PH), padded_w = a.W + 2 * int64_t(a.PW);
@@ -31,7 +35,7 @@ ConvArgs<T> conv_sizes(int64_t N, const std::vector<int>& geometry, int x_layout
     refuse("x", "an image at least as large as the kernel", std::to_string(a.H) + " x " + std::to_string(a.W));
   a.OH = int(oh / a.SH + 1);
   a.OW = int(ow / a.SW + 1);
-  // Offsets inside a band are int32. A band is at least a tile high; bound it from above.
+  // Offsets inside a band are int32. This bounds the size of a band, which is at least as high as a tile, from above.
   const int64_t high = std::max(a.H, a.OH) + reach_y + 2 * int64_t(a.PH) + 8,
                 wide = a.W + a.OW + 2 * int64_t(a.PW) + reach_x + 32, border = std::max<int64_t>(reach_y, a.PH);
   const int64_t band_rows = std::min<int64_t>(high, border + 8 + (int64_t(1) << 20) / (wide * LANES * 4) + 8);
@@ -39,13 +43,19 @@ ConvArgs<T> conv_sizes(int64_t N, const std::vector<int>& geometry, int x_layout
     refuse("x", "a band of rows of less than 2**31 elements", "a larger image");
   a.x_layout = layout_of("x_layout", x_layout, 2);
   a.y_layout = layout_of("y_layout", y_layout, 2);
+  if (norm) {
+    if (a.x_layout != Layout::lanes) refuse("x_layout", "the lane layout where x has a norm", "another");
+    a.x_scale = in<T>("scale", std::get<0>(*norm), a.IC);
+    a.x_shift = in<T>("shift", std::get<1>(*norm), a.IC);
+    a.x_relu = std::get<2>(*norm);
+  }
   return a;
 }
 
 template <class T>
 ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<int>& geometry, int x_layout,
-                      int y_layout, const Array& values, int threads) {
-  ConvArgs<T> a = conv_sizes<T>(N, geometry, x_layout, y_layout);
+                      int y_layout, const MaybeNorm& norm, const Array& values, int threads) {
+  ConvArgs<T> a = conv_sizes<T>(N, geometry, x_layout, y_layout, norm);
   a.index = pattern.index;
   if (a.index.rows != a.OC || a.index.cols != int64_t(a.IC / a.G) * a.KH * a.KW)
     refuse("geometry", "channels and kernel size of the pattern's shape", "others");
@@ -54,26 +64,13 @@ ConvArgs<T> conv_args(const NativeIndex& pattern, int64_t N, const std::vector<i
   return a;
 }
 
-// (scale, shift, relu) of a norm that x is still to go through.
-using MaybeNorm = std::optional<std::tuple<Array, Array, bool>>;
-
-template <class T>
-void set_norm(ConvArgs<T>& a, const MaybeNorm& norm) {
-  if (!norm) return;
-  if (a.x_layout != Layout::lanes) refuse("x_layout", "the lane layout where x has a norm", "another");
-  a.x_scale = in<T>("scale", std::get<0>(*norm), a.IC);
-  a.x_shift = in<T>("shift", std::get<1>(*norm), a.IC);
-  a.x_relu = std::get<2>(*norm);
-}
-
-// `behind` is for the arguments of the norm to lie in.
+// behind: room for the arguments of the norm.
 template <class T>
 void set_back_norm(ConvArgs<T>& a, const std::optional<BackNorm>& y_norm, const Array& grad_y, NormArgs<T>* behind,
                    int threads) {
   if (!y_norm) return;
   if (a.y_layout != Layout::lanes) refuse("y_layout", "the lane layout where y has a norm", "another");
-  int64_t size;
-  *behind = back_norm_args<T>(a.N, a.OC, int64_t(a.OH) * a.OW, *y_norm, grad_y, &size, threads);
+  *behind = back_norm_args<T>(a.N, a.OC, int64_t(a.OH) * a.OW, *y_norm, grad_y, threads);
   a.y_norm = behind;
 }
 
@@ -82,8 +79,7 @@ void conv2d_forward(const NativeIndex& pattern, int64_t N, const std::vector<int
                     int y_layout, std::optional<std::pair<Array, Array>> moments, int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
-    ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout, values, threads);
-    set_norm(a, norm);
+    ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout, norm, values, threads);
     a.bias = maybe_in<T>("bias", bias, a.OC);
     a.x = in<T>("x", x, elements("x", N, a.x_layout, {a.IC, a.H, a.W}));
     a.y = out<T>("y", y, elements("y", N, a.y_layout, {a.OC, a.OH, a.OW}));
@@ -92,8 +88,7 @@ void conv2d_forward(const NativeIndex& pattern, int64_t N, const std::vector<int
       a.mean = out<T>("mean", moments->first, a.OC);
       a.var = out<T>("var", moments->second, a.OC);
     }
-    py::gil_scoped_release nogil;
-    kernels_of<T>().conv2d_forward(a);
+    run(kernels_of<T>().conv2d_forward, a);
   });
 }
 
@@ -103,8 +98,7 @@ void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<in
                      const Maybe& grad_x, const Maybe& grad_values, const Maybe& grad_bias, int threads) {
   for_dtype(values, [&](auto zero) {
     using T = decltype(zero);
-    ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout, values, threads);
-    set_norm(a, norm);
+    ConvArgs<T> a = conv_args<T>(pattern, N, geometry, x_layout, y_layout, norm, values, threads);
     const int64_t x_size = elements("x", N, a.x_layout, {a.IC, a.H, a.W});
     take_sources<T>(a, grad_y, elements("grad_y", N, a.y_layout, {a.OC, a.OH, a.OW}), x, x_size,
                     grad_values.has_value());
@@ -119,8 +113,7 @@ void conv2d_backward(const NativeIndex& pattern, int64_t N, const std::vector<in
       a.x_sum_g = out<T>("sum_g", std::get<1>(*sums), a.IC);
       a.x_sum_gx = out<T>("sum_gx", std::get<2>(*sums), a.IC);
     }
-    py::gil_scoped_release nogil;
-    kernels_of<T>().conv2d_backward(a);
+    run(kernels_of<T>().conv2d_backward, a);
   });
 }
 
@@ -129,8 +122,7 @@ void conv2d_weight_grad(int64_t N, const std::vector<int>& geometry, const Array
                         const Array& grad_weight, const Maybe& grad_bias, int threads) {
   for_dtype(grad_weight, [&](auto zero) {
     using T = decltype(zero);
-    ConvArgs<T> a = conv_sizes<T>(N, geometry, x_layout, y_layout);
-    set_norm(a, norm);
+    ConvArgs<T> a = conv_sizes<T>(N, geometry, x_layout, y_layout, norm);
     a.x = in<T>("x", x, elements("x", N, a.x_layout, {a.IC, a.H, a.W}));
     a.grad_y = in<T>("grad_y", grad_y, elements("grad_y", N, a.y_layout, {a.OC, a.OH, a.OW}));
     NormArgs<T> behind;
@@ -139,8 +131,7 @@ void conv2d_weight_grad(int64_t N, const std::vector<int>& geometry, const Array
     a.grad_values = out<T>("grad_weight", grad_weight, size);
     a.grad_bias = maybe_out<T>("grad_bias", grad_bias, a.OC);
     a.threads = team(threads, double(N) * a.OH * a.OW * double(size));
-    py::gil_scoped_release nogil;
-    kernels_of<T>().conv2d_weight_grad(a);
+    run(kernels_of<T>().conv2d_weight_grad, a);
   });
 }
 

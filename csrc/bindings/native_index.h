@@ -1,4 +1,4 @@
-// A pattern as Python holds it.
+// A sparsity pattern as Python holds it.
 #pragma once
 
 #include <algorithm>
@@ -12,10 +12,10 @@
 
 namespace sparsebreg {
 
-// A valid index, checked or made here. Arrays are copied, so that nothing a caller does to them reaches a kernel.
+// A valid index. It owns copies of all arrays, so that no caller can change what a kernel reads.
 class NativeIndex {
  public:
-  // Of marked places; see kernels/marks.h.
+  // From one bit a place; see kernels/marks.h.
   NativeIndex(int64_t rows, int64_t cols, int64_t nnz, PoolArray<uint64_t> marks, const std::vector<int32_t>& rowptr,
               int threads)
       : index{rows, cols, nnz}, storage_(size_t(rows + 1 + nnz)), marks_(std::move(marks)) {
@@ -25,6 +25,7 @@ class NativeIndex {
     index.row_chunks = &row_chunks_;
   }
 
+  // From arrays, which are checked.
   NativeIndex(int64_t rows, int64_t cols, const Array& rowptr, const Array& col) {
     check_shape("shape", rows, cols);
     const int64_t nnz = col.size;
@@ -38,7 +39,7 @@ class NativeIndex {
     if (const char* wrong = check_index(rows, cols, nnz, index.rowptr, index.col)) throw py::value_error(wrong);
   }
 
-  // The index with its transpose, which is made when it is first asked for: convolutions and first layers need none.
+  // The index with its transpose, which is computed on first use: convolutions and first layers need none.
   Index transposed(int threads) const {
     std::call_once(once_, [&] {
       const int64_t nnz = index.nnz;
@@ -57,7 +58,7 @@ class NativeIndex {
     return both;
   }
 
-  // One bit a place, rows x row_words(cols).
+  // One bit a place, rows x row_words(cols); computed on first use.
   const uint64_t* marks(int threads) const {
     std::call_once(marked_, [&] {
       if (marks_.data()) return;

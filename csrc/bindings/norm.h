@@ -1,4 +1,4 @@
-// Arguments of norms, of the normalization kernels and of convolutions next to one.
+// Arguments of batch norms, for the norm kernels and for convolutions next to a norm.
 #pragma once
 
 #include <tuple>
@@ -9,28 +9,27 @@
 
 namespace sparsebreg {
 
-// Arguments with x in place; `size` is its number of elements.
 template <class T>
-NormArgs<T> norm_args(int64_t N, int64_t C, int64_t P, const Array& x, int64_t* size, int threads) {
+NormArgs<T> norm_args(int64_t N, int64_t C, int64_t P, const Array& x, int threads) {
   if (N < 1 || C < 1 || P < 1) refuse("x", "at least one sample, channel and position", "none");
   NormArgs<T> a{};
   a.N = N, a.C = C, a.P = P;
-  *size = elements("x", N, Layout::lanes, {C, P});
-  a.x = in<T>("x", x, *size);
+  a.x = in<T>("x", x, elements("x", N, Layout::lanes, {C, P}));
   a.threads = team(threads, double(N) * double(C) * double(P));
   return a;
 }
 
-// What tells where a ReLU behind a norm lets a gradient pass: its result, or (scale, shift) that x became it with.
+// Where a ReLU behind the norm passes a gradient on: everywhere (there is none), where its result is positive, or where
+// scale * x + shift is, of a given (scale, shift).
 using Gate = std::variant<std::monostate, Array, std::pair<Array, Array>>;
 
-// What both passes of the gradient take.
+// For norm_reduce and norm_grad.
 template <class T>
 NormArgs<T> norm_grad_args(int64_t N, int64_t C, int64_t P, const Array& x, const Array& grad_y, const Gate& gate,
-                           const Array& mean, int64_t* size, int threads) {
-  NormArgs<T> a = norm_args<T>(N, C, P, x, size, threads);
-  a.grad_y = in<T>("grad_y", grad_y, *size);
-  if (auto* result = std::get_if<1>(&gate)) a.result = in<T>("result", *result, *size);
+                           const Array& mean, int threads) {
+  NormArgs<T> a = norm_args<T>(N, C, P, x, threads);
+  a.grad_y = in<T>("grad_y", grad_y, x.size);
+  if (auto* result = std::get_if<1>(&gate)) a.result = in<T>("result", *result, x.size);
   if (auto* relu = std::get_if<2>(&gate)) {
     a.relu_scale = in<T>("relu_scale", relu->first, C);
     a.relu_shift = in<T>("relu_shift", relu->second, C);
@@ -39,14 +38,13 @@ NormArgs<T> norm_grad_args(int64_t N, int64_t C, int64_t P, const Array& x, cons
   return a;
 }
 
-// A norm that a gradient is still to go through: x, the gate, mean, scale, slope, shift.
+// What the gradient of a norm is computed from: its x, the gate, mean, scale, slope, shift.
 using BackNorm = std::tuple<Array, Gate, Array, Array, Array, Array>;
 
 template <class T>
-NormArgs<T> back_norm_args(int64_t N, int64_t C, int64_t P, const BackNorm& norm, const Array& grad_y, int64_t* size,
-                           int threads) {
+NormArgs<T> back_norm_args(int64_t N, int64_t C, int64_t P, const BackNorm& norm, const Array& grad_y, int threads) {
   const auto& [x, gate, mean, scale, slope, shift] = norm;
-  NormArgs<T> a = norm_grad_args<T>(N, C, P, x, grad_y, gate, mean, size, threads);
+  NormArgs<T> a = norm_grad_args<T>(N, C, P, x, grad_y, gate, mean, threads);
   a.scale = in<T>("scale", scale, C);
   a.slope = in<T>("slope", slope, C);
   a.shift = in<T>("shift", shift, C);

@@ -1,4 +1,4 @@
-// Sparsity patterns, and the crossings between dense and sparse.
+// Sparsity patterns, and copies between dense and sparse.
 #include <memory>
 #include <type_traits>
 
@@ -14,13 +14,13 @@ py::array copy_of(const int32_t* from, int64_t count) {
   return copy;
 }
 
-// rowptr, col.
+// Returns rowptr, col.
 py::tuple index_arrays(const NativeIndex& pattern) {
   const Index& ix = pattern.index;
   return py::make_tuple(copy_of(ix.rowptr, ix.rows + 1), copy_of(ix.col, ix.nnz));
 }
 
-// How many rows, and how many channels of `kernel` columns, have no nonzero.
+// Returns how many rows, and how many channels of `kernel` columns each, have no nonzero.
 py::tuple count_empty(const NativeIndex& pattern, int64_t kernel, int threads) {
   const Index& ix = pattern.index;
   if (kernel < 1 || ix.cols % kernel != 0)
@@ -30,13 +30,13 @@ py::tuple count_empty(const NativeIndex& pattern, int64_t kernel, int threads) {
   return py::make_tuple(rows, count_unmarked(pattern.marks(check_threads(threads)), ix.rows, ix.cols, kernel));
 }
 
-// colptr, row, csc_to_csr.
+// Returns colptr, row, csc_to_csr.
 py::tuple transposed_arrays(const NativeIndex& pattern, int threads) {
   const Index ix = pattern.transposed(check_threads(threads));
   return py::make_tuple(copy_of(ix.colptr, ix.cols + 1), copy_of(ix.row, ix.nnz), copy_of(ix.csc_to_csr, ix.nnz));
 }
 
-// The index of what mark(bits, rowptr, threads) marks; None where that is more than `most`.
+// The index of the places that mark(bits, rowptr, threads) marks; None where they are more than `most`.
 template <class Mark>
 py::object index_of(int64_t rows, int64_t cols, int64_t most, int threads, Mark mark) {
   const int t = team(threads, double(rows) * double(cols));
@@ -52,8 +52,8 @@ py::object index_of(int64_t rows, int64_t cols, int64_t most, int threads, Mark 
   return made ? py::cast(std::move(made)) : py::none();
 }
 
-// The index of the entries of a float32 or float64 matrix whose magnitude is above `bound`, or of those of a boolean
-// one that are true; None where there are more than `most`.
+// The index of the elements of a float32 or float64 matrix whose magnitude is above `bound`, or of the true ones of a
+// boolean matrix; None where they are more than `most`.
 py::object index_beyond(const Array& dense, double bound, int64_t most, int threads) {
   if (dense.ndim != 2) refuse("dense", "two dimensions", std::to_string(dense.ndim));
   if (most < 0) refuse("most", "at least 0", std::to_string(most));
@@ -82,25 +82,21 @@ void gather_values(const NativeIndex& pattern, const Array& dense, const Array& 
     const Index& ix = pattern.index;
     const T* d = in<T>("dense", dense, ix.rows * ix.cols);
     T* v = out<T>("values", values, ix.nnz);
-    const int t = team(threads, double(ix.nnz));
-    py::gil_scoped_release nogil;
-    gather<T>(d, ix.rows, ix.cols, ix.rowptr, ix.col, v, t);
+    run(gather<T>, d, ix.rows, ix.cols, ix.rowptr, ix.col, v, team(threads, double(ix.nnz)));
   });
 }
 
-// Whether all nonzeros are inside the pattern; values are undefined if not.
+// Returns whether all nonzeros are inside the pattern; values are undefined if not.
 bool gather_all_values(const NativeIndex& pattern, const Array& dense, const Array& values, int threads) {
-  bool all = false;
-  for_dtype(dense, [&](auto zero) {
+  return for_dtype(dense, [&](auto zero) {
     using T = decltype(zero);
     const Index& ix = pattern.index;
     const T* d = in<T>("dense", dense, ix.rows * ix.cols);
     T* v = out<T>("values", values, ix.nnz);
     const int t = team(threads, double(ix.rows) * double(ix.cols));
     py::gil_scoped_release nogil;
-    all = kernels_of<T>().gather_all(d, ix, pattern.marks(t), v, t);
+    return kernels_of<T>().gather_all(d, ix, pattern.marks(t), v, t);
   });
-  return all;
 }
 
 void scatter_values(const NativeIndex& pattern, const Array& values, const Array& dense, bool zero_others,
@@ -111,8 +107,7 @@ void scatter_values(const NativeIndex& pattern, const Array& values, const Array
     const T* v = in<T>("values", values, ix.nnz);
     T* d = out<T>("dense", dense, ix.rows * ix.cols);
     const int t = team(threads, double(ix.nnz) + (zero_others ? double(ix.rows) * double(ix.cols) / 8 : 0));
-    py::gil_scoped_release nogil;
-    scatter<T>(v, ix.rows, ix.cols, ix.rowptr, ix.col, d, zero_others, t);
+    run(scatter<T>, v, ix.rows, ix.cols, ix.rowptr, ix.col, d, zero_others, t);
   });
 }
 

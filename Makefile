@@ -15,7 +15,7 @@ test: $(VENV)/.test
 	$(BIN)/pytest -q
 
 # The kernels alone, without Python.
-TESTED := csrc/tests/kernels.cpp $(filter-out csrc/bindings.cpp csrc/array.cpp,$(wildcard csrc/*.cpp csrc/isa/*.cpp))
+TESTED := csrc/tests/kernels.cpp $(wildcard csrc/*.cpp csrc/isa/*.cpp)
 TEST_FLAGS := -std=c++17 -O2 -ffp-contract=fast -fno-math-errno -fopenmp -Wall -Wextra -Wno-psabi -Icsrc
 
 # Passive: the kernels are short, and threads that spin for the next one would take the cores from those at work.

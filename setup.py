@@ -20,7 +20,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "sparsebreg._C",
-            sorted(glob("csrc/*.cpp") + glob("csrc/isa/*.cpp")),
+            sorted(glob("csrc/*.cpp") + glob("csrc/isa/*.cpp") + glob("csrc/bindings/*.cpp")),
             depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inc", recursive=True)),
             include_dirs=["csrc"],
             cxx_std=17,

@@ -1,28 +1,6 @@
-// Between plain tensors and the lane layout. Included inside an instruction set's namespace; no include guard.
+// Copies between plain tensors and the lane layout. No include guard: see isa/kernels.inc.
 
-SB_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-template <class I>
-SB_INLINE I least(I a, I b) {
-  return b < a ? b : a;
-}
-template <class I>
-SB_INLINE I most(I a, I b) {
-  return a < b ? b : a;
-}
-
-// The first of the ascending col[k..end) that is not below `bound`.
-SB_INLINE int32_t first_from(const int32_t* col, int32_t k, int32_t end, int64_t bound) {
-  while (k < end) {
-    const int32_t mid = k + (end - k) / 2;
-    if (col[mid] < bound)
-      k = mid + 1;
-    else
-      end = mid;
-  }
-  return k;
-}
-
-// From so many elements on less than a vector is taken as one, not element by element.
+// A remainder of at least this many elements is copied with one masked vector, not element by element.
 constexpr int64_t TAIL = CAN_MASK ? 3 : INT64_MAX;
 
 // dst[p*dst_step + lane] = src[lane*image + p] for p < len, lane < images; the other lanes are zero.
@@ -64,8 +42,8 @@ SB_INLINE void store_or_stream(T* p, V<T> v, bool past_the_caches) {
     store(p, v);
 }
 
-// dst[lane*image + p] = src[p*src_step + lane] for p < len, lane < images. `past_the_caches`: as far as whole lines are
-// written.
+// dst[lane*image + p] = src[p*src_step + lane] for p < len, lane < images. past_the_caches: non-temporal stores, for
+// whole cache lines.
 template <class T>
 void unpack_rows(const T* src, ptrdiff_t src_step, int64_t len, T* dst, ptrdiff_t image, int images,
                  bool past_the_caches = false) {
@@ -103,7 +81,7 @@ void unpack_rows(const T* src, ptrdiff_t src_step, int64_t len, T* dst, ptrdiff_
   }
 }
 
-// Copies len vectors of LANES with source step `step` (in elements); lanes from `images` on become zero.
+// Copies `len` positions of LANES, `step` elements apart in src; lanes from `images` on become zero.
 template <class T>
 void copy_lanes(const T* src, ptrdiff_t step, int images, int64_t len, T* dst) {
   constexpr int n = Vec<T>::n;
@@ -114,7 +92,7 @@ void copy_lanes(const T* src, ptrdiff_t step, int images, int64_t len, T* dst) {
       for (int i = images; i < LANES; ++i) dst[p * LANES + i] = T(0);
 }
 
-// Where channel c, position p of image block nb begins in a tensor of C channels and `plane` positions.
+// Addresses in a tensor of C channels and `plane` positions: channel c, position p of image block nb begins at `at`.
 struct Walk {
   Layout layout;
   int64_t C, plane;
@@ -125,24 +103,8 @@ struct Walk {
   int64_t image() const { return C * plane; }
 };
 
-// Positions [p, p + len) of channels [c0, c1) of image block nb, to dst[(c - c0) * dst_channel + i * LANES + lane].
-template <class T>
-void read_block(const Walk& w, const T* data, int64_t nb, int images, int64_t c0, int64_t c1, int64_t p, int64_t len,
-                T* dst, int64_t dst_channel) {
-  if (w.layout == Layout::channels_last) {
-    for (int64_t i = 0; i < len; ++i)
-      pack_rows(data + w.at(nb, c0, p + i), w.image(), images, c1 - c0, dst + i * LANES, dst_channel);
-    return;
-  }
-  for (int64_t c = c0; c < c1; ++c, dst += dst_channel) {
-    if (w.layout == Layout::lanes)
-      copy_lanes(data + w.at(nb, c, p), LANES, images, len, dst);
-    else
-      pack_rows(data + w.at(nb, c, p), w.image(), images, len, dst, LANES);
-  }
-}
-
-// The other way, for plain and channels_last tensors.
+// Writes src[(c - c0) * src_channel + i * LANES + lane] to positions [p, p + len) of channels [c0, c1) of image block
+// nb in a plain or channels_last tensor.
 template <class T>
 void write_block(const Walk& w, T* data, int64_t nb, int images, int64_t c0, int64_t c1, int64_t p, int64_t len,
                  const T* src, int64_t src_channel, bool past_the_caches) {

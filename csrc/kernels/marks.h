@@ -1,5 +1,4 @@
-// Where a dense matrix is not zero, or beyond a bound, one bit a place. Included inside an instruction set's namespace;
-// no include guard.
+// Where a dense matrix is not zero, or beyond a bound, one bit a place. No include guard: see isa/kernels.inc.
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "nonzero_word packs bytes in memory order");
 

@@ -1,4 +1,4 @@
-// Batch norm over the lane layout [blocks][C][P][16]. Included inside an instruction set's namespace; no include guard.
+// Batch norm over the lane layout [blocks][C][P][16]. No include guard: see isa/kernels.inc.
 //
 // Moments are taken plane by plane and combined in double in a fixed order: as exact as a two-pass sum, the same with
 // any number of threads, and the data comes from memory once.

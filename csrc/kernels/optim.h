@@ -1,4 +1,4 @@
-// The optimizers' inner loops. Included inside an instruction set's namespace; no include guard.
+// The optimizers' inner loops. No include guard: see isa/kernels.inc.
 
 template <class A>
 using Gradient = decltype(A::g);

@@ -1,4 +1,4 @@
-// Max pooling over the lane layout. Included inside an instruction set's namespace; no include guard.
+// Max pooling over the lane layout. No include guard: see isa/kernels.inc.
 
 // Which tap won is kept as one byte a sample, ky * KW + kx: an eighth of the 64-bit positions that torch keeps.
 template <class T>

@@ -52,7 +52,7 @@ constexpr int GRAD_SAMPLES = 64;  // samples of a block; a strip of so many floa
 static_assert(GRAD_SAMPLES * GRAD_STRIP < 1 << 16, "places are of 16 bits");
 
 // The gradient of a linear layer's weight as the product that it is, grad_yᵀ x (rows x cols): the nonzeros of grad_y,
-// and x in strips of columns. See weight_grad.h.
+// and x in strips of columns. See linear/weight_grad.h.
 template <class T>
 struct GradFactors {
   int64_t N, rows, cols;

@@ -1,13 +1,12 @@
-// The gradient of all weights of a convolution. Included inside an instruction set's namespace; no include guard.
+// The gradient of all weights of a convolution, active or not. No include guard: see isa/kernels.inc.
 //
 // A weight's gradient is a sum over samples and positions. The sums of some output channels times some taps stay in
-// registers, each lane those of its own samples, while a block of positions passes by: every load serves several of
-// them, all are contiguous, and lanes are added up once a block. x lies in bands as for the products with the active
-// weights (see conv2d.h), a few input channels at once, so that they stay in the second-level cache; grad_y is read
-// where it is.
+// registers, one per lane, while the loop runs over a block of positions: every load serves several sums, all loads are
+// contiguous, and lanes are added up once a block. x is copied into bands (see band.h), a few input channels at once,
+// so that they stay in the L2 cache; grad_y is read in place where its layout allows.
 
-// So many sums at once: as many as there are registers for, or as keep the multipliers busy. With more of them a block
-// of positions has to be smaller, and lanes are added up more often.
+// Output channels and taps that are summed at once: as many as registers allow and as keep the multipliers busy. With
+// more of them a block of positions would have to be smaller, and lanes would be added up more often.
 constexpr int MANY_CHANNELS = 4;
 #if SB_VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int TAPS = 4;  // of thirty-two registers
@@ -15,7 +14,7 @@ constexpr int TAPS = 4;  // of thirty-two registers
 constexpr int TAPS = 3;
 #endif
 
-// A block of positions: `blocks` of samples, `rows`, and row_length elements of every row.
+// A block of positions: `blocks` blocks of samples, `rows` rows, and row_length elements of every row.
 template <class T>
 struct OuterTile {
   const T* grad;  // of the first channel
@@ -27,7 +26,7 @@ struct OuterTile {
   ptrdiff_t row_length;
   T* to;  // of the first channel and tap; taps are neighbours
   ptrdiff_t to_channel;
-  bool add;  // or set
+  bool add;  // else overwrite
 };
 
 template <class T, int OT, int KT>
@@ -62,7 +61,7 @@ void outer_tile(const OuterTile<T>& t) {
     }
 }
 
-// The sum of the tile's positions and lanes of one channel.
+// The sum over positions and lanes of one channel.
 template <class T>
 SB_INLINE T sum_positions(const OuterTile<T>& t, const T* grad) {
   V<T> sum = zero<T>();
@@ -92,8 +91,8 @@ OuterFn<T> outer_fn(int channels, int taps) {
   return channels == 2 ? pick_outer<T, 2>(taps) : pick_outer<T, 1>(taps);
 }
 
-// All tiles of a block of positions: `channels` x `taps` weights, and sums of channels for `bias` if it is not null. t
-// is the first one. fetch: the positions of later channels in advance, some with every tile.
+// All tiles of a block of positions, of which t is the first: `channels` x `taps` weights, and sums of channels for
+// `bias` if it is not null. fetch: prefetch the next channels, a part with every tile.
 template <class T>
 void outer_products(OuterTile<T> t, int channels, int taps, T* bias, bool fetch) {
   const ptrdiff_t line = LINE / sizeof(T), length = t.rows * t.row_length;
@@ -109,10 +108,10 @@ void outer_products(OuterTile<T> t, int channels, int taps, T* bias, bool fetch)
     }
     const T* next = t.grad + count * t.grad_channel;
     const int waiting = fetch ? least(MANY_CHANNELS, channels - r - count) : 0;
-    ptrdiff_t asked = 0;
+    ptrdiff_t fetched = 0;
     for (int k = 0; k < taps; k += TAPS) {
-      for (const ptrdiff_t end = least(length, asked + part); asked < end; asked += line)
-        for (int o = 0; o < waiting; ++o) __builtin_prefetch(next + o * t.grad_channel + asked);
+      for (const ptrdiff_t end = least(length, fetched + part); fetched < end; fetched += line)
+        for (int o = 0; o < waiting; ++o) __builtin_prefetch(next + o * t.grad_channel + fetched);
       t.offset = offset + k;
       t.to = to + r * t.to_channel + k;
       outer_fn<T>(count, least(TAPS, taps - k))(t);
@@ -120,8 +119,8 @@ void outer_products(OuterTile<T> t, int channels, int taps, T* bias, bool fetch)
   }
 }
 
-// How the work is shared out: jobs (group, unit, share). A unit is a part of a group's input channels, whose bands one
-// thread reads; where there are fewer units than threads, some of these share one and sum up apart.
+// How the work is divided into jobs (group, unit, share). A unit is a part of a group's input channels, whose bands one
+// thread fills. Where there are fewer units than threads, several threads share a unit, each with sums of its own.
 struct GradPlan {
   int high, wide, deep;  // rows and columns of positions and blocks of samples at once
   int width;             // input channels of a unit, at most
@@ -129,13 +128,13 @@ struct GradPlan {
   int shares;
 };
 
-// band: of x but for its rows.
+// band: that of x, whose rows are not set yet.
 template <class T>
 GradPlan plan_grad(const ConvArgs<T>& a, const Band& band, int reach_y, int64_t blocks) {
   const int64_t vector = LANES * int64_t(sizeof(T)), KK = int64_t(a.KH) * a.KW;
   const int64_t L1 = 26 << 10, L2 = 256 << 10;
   const int64_t channels = div_up(TAPS, KK), phases = int64_t(band.NY) * band.NX;
-  // A tile's positions of x and grad_y, to be passed by again for the next taps.
+  // Whether a tile's positions of x and grad_y stay in the L1 cache: the next taps read them again.
   const auto fits = [&](int rows, int columns, int64_t images) {
     const int64_t of_x = phases * (rows + reach_y) * (columns + band.CB - a.OW), of_grad = int64_t(rows) * columns;
     return images * vector * (channels * of_x + MANY_CHANNELS * of_grad) <= L1;
@@ -149,7 +148,7 @@ GradPlan plan_grad(const ConvArgs<T>& a, const Band& band, int reach_y, int64_t 
   const int ICg = a.IC / a.G, threads = int(div_up(a.threads, a.G));
   const int64_t held = L2 / (phases * (p.high + reach_y) * band.CB * vector * p.deep);
   p.units = int(div_up(ICg, most<int64_t>(1, least<int64_t>(held, ICg))));
-  // All threads get about as much: they divide, or are divided by, the number of units.
+  // For equal work, the number of units divides that of threads or is a multiple of it.
   while (p.units < least(threads, ICg) && threads % p.units) ++p.units;
   if (p.units > threads) p.units = least(ICg, int(div_up(p.units, threads)) * threads);
   p.width = int(div_up(ICg, p.units));
@@ -159,8 +158,8 @@ GradPlan plan_grad(const ConvArgs<T>& a, const Band& band, int reach_y, int64_t 
   return p;
 }
 
-// a.grad_values (OC, IC / G, KH, KW), whole = sum of grad_y[n][oc][oy][ox] * x[n][ic][oy*SH + ky*DH - PH][ox*SW + kx*DW
-// - PW]; a.grad_bias, where it is not null, that of grad_y alone. Neither a.index nor a.values is looked at.
+// a.grad_values (OC, IC / G, KH, KW), of all weights: sum of grad_y[n][oc][oy][ox] * x[n][ic][oy*SH + ky*DH - PH][ox*SW
+// + kx*DW - PW]; a.grad_bias, where not null: sum of grad_y[n][oc][oy][ox]. a.index and a.values are not used.
 template <class T>
 void conv2d_weight_grad(const ConvArgs<T>& a) {
   const int KK = a.KH * a.KW, ICg = a.IC / a.G, OCg = a.OC / a.G;
@@ -180,7 +179,7 @@ void conv2d_weight_grad(const ConvArgs<T>& a) {
   set_rows(&b, taps, plan.high);
   tap_offsets(a, b, taps, plan.width, offset);
   const int64_t bands = div_up(a.OH, plan.high), tasks = div_up(blocks, plan.deep) * bands;
-  // grad_y where it cannot be read in place.
+  // For grad_y where it cannot be read in place.
   const Band of_grad{a.OC,      a.OH,      a.OW,      1,    1,
                      0,         0,         1,         1,    NO_PHASES,
                      NO_PHASES, plan.high, plan.high, a.OW, int64_t(plan.high) * a.OW * LANES};

@@ -1,4 +1,4 @@
-#include "array.h"
+#include "bindings/array.h"
 
 #include <algorithm>
 #include <memory>
@@ -7,12 +7,10 @@
 
 #include "pool.h"
 
-namespace py = pybind11;
-
 namespace sparsebreg {
 namespace {
 
-// DLPack 1.x as far as it is used here: https://dmlc.github.io/dlpack/latest/c_api.html
+// The part of DLPack 1.x that is used here: https://dmlc.github.io/dlpack/latest/c_api.html
 struct DLTensor {
   void* data;
   int32_t device_type, device_id;
@@ -45,12 +43,12 @@ struct ExchangeApi {
 constexpr int32_t CPU = 1;
 constexpr uint8_t INT = 0, UNSIGNED = 1, FLOAT = 2, BOOL = 6;  // codes of types
 
-PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;  // kept for good
+PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;  // references are never dropped
 const ExchangeApi* tensor_api = nullptr;
 
-alignas(64) char nothing[64];  // where arrays without an element lie
+alignas(64) char nothing[64];  // data of arrays without elements
 
-// A block of the pool under a tensor or an array.
+// A block of the pool that holds a tensor or an array.
 struct Block {
   ManagedTensor managed{};
   int64_t sizes[4], strides[4];
@@ -89,7 +87,7 @@ bool view_tensor(py::handle object, Array& a) {
     if (i < 2) a.shape[i] = t.shape[i];
   }
   a.writable = true;
-  return t.data || a.size == 0;  // subclasses of tensors may have no memory of their own
+  return t.data || a.size == 0;  // some subclasses of tensors have no memory of their own
 }
 
 bool view_array(const py::array& array, Array& a) {
@@ -182,7 +180,7 @@ Made make_floats(int itemsize, std::initializer_list<int64_t> shape) {
     block->managed.deleter = [](ManagedTensor* m) { delete static_cast<Block*>(m->context); };
     void* object = nullptr;
     if (tensor_api->managed_to_object(&block->managed, &object) != 0) throw py::error_already_set();
-    block.release();  // the tensor's
+    block.release();  // owned by the tensor
     made.object = py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
   } else {
     const py::dtype dtype("f" + std::to_string(itemsize));

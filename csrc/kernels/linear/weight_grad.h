@@ -1,13 +1,13 @@
-// The gradient of all weights of a linear layer, where many entries of grad_y are zero, as they are behind a ReLU.
-// Included inside an instruction set's namespace; no include guard.
+// The gradient of all weights of a linear layer, where many entries of grad_y are zero, as they are behind a ReLU. No
+// include guard: see isa/kernels.inc.
 //
-// A row of the gradient is a sum of samples of x, and only of those that the row's output passed a gradient to. The
-// sums of a row and a strip of columns stay in registers while these samples pass by, and the strip of x stays in the
-// first-level cache while some rows pass by. A nonzero takes about as long as any entry takes in a dense product. What
-// x holds where grad_y is zero is not looked at, NaN and infinities neither.
+// A row of the gradient is a weighted sum of samples of x, namely of those where the row's entry of grad_y is not zero.
+// The sums of a row and a strip of columns stay in registers during the loop over these samples, and the strip of x
+// stays in the L1 cache during the loop over some rows. A nonzero takes about as long as an entry of a dense product.
+// Samples whose entry is zero are not read: NaN and infinities in them do not count.
 //
-// Who wants the gradient to move the weights by it takes it from product_rows, some rows at a time, while they are in
-// the second-level cache: it is neither written to memory nor read from there.
+// Optimizer steps call product_rows for a few rows at a time and use these while they are in the L2 cache, so that the
+// gradient is never written to memory.
 
 template <class T>
 int64_t count_nonzeros(const T* x, int64_t n, int threads) {
@@ -22,7 +22,7 @@ int64_t count_nonzeros(const T* x, int64_t n, int threads) {
   return count;
 }
 
-// The lists of rows [r0, r1), at most LANES, for samples [n0, n1), at most GRAD_SAMPLES.
+// Lists the nonzeros of grad_y in rows [r0, r1), at most LANES, and samples [n0, n1), at most GRAD_SAMPLES.
 template <class T>
 void list_samples(const FactorArgs<T>& a, int64_t n0, int64_t n1, int64_t r0, int64_t r1) {
   alignas(64) T turned[LANES * GRAD_SAMPLES];
@@ -47,6 +47,7 @@ void list_samples(const FactorArgs<T>& a, int64_t n0, int64_t n1, int64_t r0, in
   }
 }
 
+// Copies a strip of columns of x, with zeros beyond the last column.
 template <class T>
 void pack_strip(const FactorArgs<T>& a, int64_t strip) {
   const int64_t c0 = strip * GRAD_STRIP, wide = least<int64_t>(GRAD_STRIP, a.cols - c0);
@@ -58,10 +59,10 @@ void pack_strip(const FactorArgs<T>& a, int64_t strip) {
   }
 }
 
-// sums[0..S registers) = (ADD: +=) sum of value[k] * x[place[k]] over the listed samples.
+// sums[0..S vectors) = (ADD: +=) sum of value[k] * x[place[k]] over the listed samples.
 template <class T, int S, bool ADD>
 SB_INLINE void sum_samples(const T* x, const uint16_t* place, const T* value, int32_t count, T* sums) {
-  constexpr int n = Vec<T>::n, CHAINS = S < 8 ? 2 : 1;  // enough sums to keep the multipliers busy
+  constexpr int n = Vec<T>::n, CHAINS = S < 8 ? 2 : 1;  // enough independent sums to hide latency
   V<T> acc[CHAINS][S];
   for (int u = 0; u < CHAINS; ++u)
     for (int s = 0; s < S; ++s) acc[u][s] = ADD && u == 0 ? load(sums + s * n) : zero<T>();
@@ -82,7 +83,7 @@ SB_INLINE void sum_samples(const T* x, const uint16_t* place, const T* value, in
   }
 }
 
-// A row of a strip and a block of samples; as much of it at once as there are registers for.
+// One row of the gradient in a strip, over a block of samples; as many columns at once as registers allow.
 template <class T, bool ADD>
 SB_INLINE void sum_row(const GradFactors<T>& f, int64_t strip, int64_t block, int64_t r, T* sums) {
   constexpr int all = GRAD_STRIP / Vec<T>::n, S = all < 8 ? all : 8;
@@ -93,6 +94,7 @@ SB_INLINE void sum_row(const GradFactors<T>& f, int64_t strip, int64_t block, in
                            sums + i);
 }
 
+// Fills the arrays of GradFactors.
 template <class T>
 void factor_grad(const FactorArgs<T>& a) {
   const int64_t blocks = div_up(a.N, GRAD_SAMPLES), strips = div_up(a.cols, GRAD_STRIP), parts = div_up(a.rows, LANES);
@@ -112,7 +114,7 @@ void factor_grad(const FactorArgs<T>& a) {
 template <class T>
 void product_rows(const GradFactors<T>& f, int64_t r0, int64_t r1, T* dst) {
   const int64_t blocks = div_up(f.N, GRAD_SAMPLES), whole = f.cols / GRAD_STRIP, rest = f.cols % GRAD_STRIP;
-  // While a block of a strip is read, the next is fetched, a part with every row: all its samples are wanted at once.
+  // While a block of a strip is in use, the next one is prefetched, a part with every row.
   constexpr int64_t line = 64 / sizeof(T);
   const int64_t lines = least<int64_t>(GRAD_SAMPLES, f.N) * GRAD_STRIP / line, part = div_up(lines, r1 - r0) * line;
   for (int64_t s = 0; s < whole; ++s) {
@@ -136,7 +138,7 @@ void product_rows(const GradFactors<T>& f, int64_t r0, int64_t r1, T* dst) {
   }
 }
 
-// So many rows at once: enough to make use of a strip in the cache, few enough to stay there, and some for each thread.
+// Rows per call of product_rows: enough to reuse a strip in the cache, few enough to stay there, some for each thread.
 template <class T>
 SB_INLINE int64_t rows_at_once(const GradFactors<T>& f, int threads) {
   const int64_t fitting = (int64_t(256) << 10) / (most<int64_t>(1, f.cols) * int64_t(sizeof(T)));

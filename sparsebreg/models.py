@@ -146,10 +146,4 @@ def wide_resnet28_10(in_shape: Sequence[int] = (3, 32, 32), classes: int = 10, c
 
 
 #: Models that the command line knows.
-MODELS = {
-    "mlp": mlp,
-    "convnet": convnet,
-    "resnet18": resnet18,
-    "vgg16": vgg16,
-    "wide_resnet28_10": wide_resnet28_10,
-}
+MODELS = {"mlp": mlp, "convnet": convnet, "resnet18": resnet18, "vgg16": vgg16, "wide_resnet28_10": wide_resnet28_10}

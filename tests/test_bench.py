@@ -11,14 +11,26 @@ import time
 import numpy as np
 import pytest
 import torch
+from sparsebreg.experiments.bench.bench import Options, break_even, compare, measure
 
 import sparsebreg as sb
 from sparsebreg import backends
-from sparsebreg.experiments import bench, cases, cli, plots, timing
-from sparsebreg.experiments.bench import Options, break_even, compare, measure
-from sparsebreg.experiments.breakdown import PARTS, REST, breakdown
-from sparsebreg.experiments.cases import Case, derived, work
-from sparsebreg.experiments.shapes import CONV2D, LINEAR, NETWORKS, NORM, REPRESENTATIVE, SUITES, Conv2d, Linear, Norm
+from sparsebreg.experiments import cli, timing
+from sparsebreg.experiments.bench import bench, cases
+from sparsebreg.experiments.bench.breakdown import PARTS, REST, breakdown
+from sparsebreg.experiments.bench.cases import Case, derived, work
+from sparsebreg.experiments.bench.shapes import (
+    CONV2D,
+    LINEAR,
+    NETWORKS,
+    NORM,
+    REPRESENTATIVE,
+    SUITES,
+    Conv2d,
+    Linear,
+    Norm,
+)
+from sparsebreg.experiments.runs import plots
 
 LANES = ["lanes"] if backends.current().lanes else []
 

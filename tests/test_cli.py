@@ -13,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sparsebreg.swap.convert import iter_weights
 from test_data import write
 
 import sparsebreg as sb
-from sparsebreg.experiments import cli, data, methods, train
-from sparsebreg.experiments.compare import plan
-from sparsebreg.experiments.config import Config, read_toml
-from sparsebreg.experiments.methods import METHODS
-from sparsebreg.swap.inspect import iter_weights
+from sparsebreg.experiments import cli
+from sparsebreg.experiments.data import datasets as data
+from sparsebreg.experiments.runs import methods, train
+from sparsebreg.experiments.runs.compare import plan
+from sparsebreg.experiments.runs.config import Config, read_toml
+from sparsebreg.experiments.runs.methods import METHODS
 
 KEYS = [
     "method",

@@ -15,9 +15,10 @@ from rich.console import Console
 from test_resume import TIMES, sparsebreg, wait_for
 
 from sparsebreg.core.errors import RunError
-from sparsebreg.experiments import cli, compare, progress, report
-from sparsebreg.experiments.config import Config, read_toml
-from sparsebreg.experiments.train import train
+from sparsebreg.experiments import cli
+from sparsebreg.experiments.runs import compare, progress, report
+from sparsebreg.experiments.runs.config import Config, read_toml
+from sparsebreg.experiments.runs.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -209,7 +210,12 @@ def processes():
     """Makes processes that need no time to import what a comparison needs."""
     made = multiprocessing.get_context("forkserver")
     made.set_forkserver_preload(
-        ["sparsebreg.experiments.compare", "sparsebreg.experiments.report", "sklearn.datasets", "torch._dynamo"]
+        [
+            "sparsebreg.experiments.runs.compare",
+            "sparsebreg.experiments.runs.report",
+            "sklearn.datasets",
+            "torch._dynamo",
+        ]
     )
     return made
 

@@ -16,7 +16,10 @@ import torch
 from PIL import Image
 
 from sparsebreg.core.errors import DataError
-from sparsebreg.experiments import data, formats
+from sparsebreg.experiments.data import cifar10, tiny_imagenet
+from sparsebreg.experiments.data import datasets as data
+from sparsebreg.experiments.data import idx as idx_files
+from sparsebreg.experiments.data.batches import Batches, augment
 
 
 def idx(array):
@@ -96,7 +99,7 @@ def published(monkeypatch):
         stem: (len(raw), {"mnist": hashlib.md5(raw).hexdigest(), "fashion-mnist": "f" * 32})
         for stem, raw in known.items()
     }
-    monkeypatch.setattr(formats, "IDX_MD5", known)
+    monkeypatch.setattr(idx_files, "IDX_MD5", known)
     return known
 
 
@@ -256,7 +259,7 @@ def test_damaged_cifar10_archives(tmp_path, monkeypatch):
             data.load("cifar10", path)
     path.write_bytes(whole)
     data.load("cifar10", path)
-    monkeypatch.setattr(formats, "CHECKED_BYTES", {True: 0, False: 0})  # as large as the published one
+    monkeypatch.setattr(cifar10, "CHECKED_BYTES", {True: 0, False: 0})  # as large as the published one
     with pytest.raises(DataError, match="published file .md5 c58f30108f718f92721af3b95e74349a., got md5"):
         data.load("cifar10", path)
     with pytest.raises(DataError, match="data_batch_1: expected the published file .md5 c99cafc1"):
@@ -307,7 +310,7 @@ def test_tiny_imagenet(tiny, above, monkeypatch):
     assert d.test.labels.tolist() == [2, 1, 1, 0]
     assert (d.train.images[2, :, 0, 0].int() - torch.tensor([40, 200, 90])).abs().max() <= 3  # JPEG is lossy
     assert torch.equal(d.train.images[5, 0], d.train.images[5, 2])
-    monkeypatch.setattr(formats, "_decode", None)  # from the cache this time
+    monkeypatch.setattr(tiny_imagenet, "_decode", None)  # from the cache this time
     again = data.load("tiny-imagenet", tiny)
     assert torch.equal(again.train.images, d.train.images)
     assert torch.equal(again.test.images, d.test.images)
@@ -328,7 +331,7 @@ def test_cache_of_tiny_imagenet_follows_the_files(tiny):
 def test_cache_of_tiny_imagenet_is_written_whole_or_not_at_all(tiny, monkeypatch):
     path, before = tiny / "sparsebreg-cache.npz", sorted(tiny.iterdir())
     with ThreadPoolExecutor(4) as pool:  # as processes do that begin at once
-        list(pool.map(lambda i: formats._save_cache(path, x=np.full(100_000, i)), range(12)))
+        list(pool.map(lambda i: tiny_imagenet._save_cache(path, x=np.full(100_000, i)), range(12)))
     with np.load(path) as saved:
         assert len(set(saved["x"].tolist())) == 1
     path.unlink()
@@ -469,7 +472,7 @@ def test_validation_split():
 def test_augment_is_a_crop_of_the_padded_image_or_its_mirror():
     images = torch.randint(1, 256, (40, 3, 7, 5), dtype=torch.uint8)
     before = images.clone()
-    out = data.augment(images, torch.Generator().manual_seed(1), pad=2)
+    out = augment(images, torch.Generator().manual_seed(1), pad=2)
     assert torch.equal(images, before)
     assert out.shape == images.shape
     assert out.dtype is torch.uint8
@@ -489,9 +492,9 @@ def test_augment_is_a_crop_of_the_padded_image_or_its_mirror():
         seen.add(found[0])
     assert {s[0] for s in seen} == {s[1] for s in seen} == set(range(5))
     assert {s[2] for s in seen} == {False, True}
-    again = data.augment(images, torch.Generator().manual_seed(1), pad=2)
+    again = augment(images, torch.Generator().manual_seed(1), pad=2)
     assert torch.equal(again, out)
-    assert not torch.equal(data.augment(images, torch.Generator().manual_seed(2), pad=2), out)
+    assert not torch.equal(augment(images, torch.Generator().manual_seed(2), pad=2), out)
 
 
 def ten(n=10):
@@ -502,7 +505,7 @@ def ten(n=10):
 
 def test_batches_cover_an_epoch_in_seeded_order():
     def epochs(seed, n=2):
-        batches = data.Batches(ten(), 4, seed)
+        batches = Batches(ten(), 4, seed)
         return [[y.tolist() for _, y in batches.epoch()] for _ in range(n)]
 
     first, second = epochs(0)
@@ -510,9 +513,9 @@ def test_batches_cover_an_epoch_in_seeded_order():
     assert sorted(i for batch in first for i in batch) == list(range(10))
     assert first != second
     assert epochs(0) == epochs(0) != epochs(1)
-    for x, y in data.Batches(ten(), 4, 0).epoch():
+    for x, y in Batches(ten(), 4, 0).epoch():
         assert x[:, 0, 3, 3].tolist() == y.tolist()
-    assert len(data.Batches(ten(), 4, 0)) == 3
+    assert len(Batches(ten(), 4, 0)) == 3
 
 
 @pytest.mark.parametrize("done", range(8))
@@ -521,12 +524,12 @@ def test_batches_go_on_from_any_place(done):
         while True:
             yield from batches.epoch()
 
-    kept = data.Batches(ten(), 4, 3, augmented=True)
+    kept = Batches(ten(), 4, 3, augmented=True)
     stream = endless(kept)
     for _ in range(done):
         next(stream)
     state = torch.load(io.BytesIO(dumped(kept.state_dict())), weights_only=True)
-    resumed = data.Batches(ten(), 4, 99, augmented=True)
+    resumed = Batches(ten(), 4, 99, augmented=True)
     resumed.load_state_dict(state)
     for _, (x, y), (u, v) in zip(range(9), stream, endless(resumed), strict=False):
         assert torch.equal(y, v)

@@ -279,13 +279,7 @@ class TestNativeChecks:
 
     @pytest.mark.parametrize(
         ("name", "value"),
-        [
-            ("rowptr", [0, 3, 2]),
-            ("rowptr", [1, 2, 3]),
-            ("col", [0, 3, 1]),
-            ("col", [-1, 2, 1]),
-            ("col", [2, 0, 1]),
-        ],
+        [("rowptr", [0, 3, 2]), ("rowptr", [1, 2, 3]), ("col", [0, 3, 1]), ("col", [-1, 2, 1]), ("col", [2, 0, 1])],
     )
     def test_refuses_index(self, name, value):
         with pytest.raises(ValueError, match="expected"):

@@ -16,13 +16,14 @@ import torch
 from test_data import FILES, idx, write
 from test_multilevel import assert_same
 
-import sparsebreg.experiments.train as module
+import sparsebreg.experiments.runs.train as module
 from sparsebreg.core.errors import RunError
-from sparsebreg.experiments import checkpoint, cli
-from sparsebreg.experiments import data as datasets
-from sparsebreg.experiments.config import Config
+from sparsebreg.experiments import cli
+from sparsebreg.experiments.data import datasets
 from sparsebreg.experiments.files import locked
-from sparsebreg.experiments.train import PARENT, Run, Stopped, choose_format, train
+from sparsebreg.experiments.runs import checkpoint
+from sparsebreg.experiments.runs.config import Config
+from sparsebreg.experiments.runs.train import PARENT, Run, Stopped, choose_format, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

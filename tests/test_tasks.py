@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from test_data import write_cifar, write_tiny
 
-from sparsebreg.experiments.config import Config, read_toml
-from sparsebreg.experiments.methods import METHODS
-from sparsebreg.experiments.report import report
-from sparsebreg.experiments.train import train
+from sparsebreg.experiments.runs.config import Config, read_toml
+from sparsebreg.experiments.runs.methods import METHODS
+from sparsebreg.experiments.runs.report import report
+from sparsebreg.experiments.runs.train import train
 from sparsebreg.models import MODELS
 
 #: A data set of 30 training images in a form as published: its name and what --data-dir is told.

@@ -12,12 +12,12 @@ from typing import Any
 
 import sparsebreg as sb
 from sparsebreg.core.errors import RunError, SparsebregError, expected
-from sparsebreg.experiments.cases import PARTS
-from sparsebreg.experiments.config import FORMATS, SCHEDULES, Config, read_toml
-from sparsebreg.experiments.data import DATASETS
-from sparsebreg.experiments.methods import METHODS
-from sparsebreg.experiments.shapes import SUITES
-from sparsebreg.experiments.train import Stopped, train
+from sparsebreg.experiments.bench.cases import PARTS
+from sparsebreg.experiments.bench.shapes import SUITES
+from sparsebreg.experiments.data.datasets import DATASETS
+from sparsebreg.experiments.runs.config import FORMATS, SCHEDULES, Config, read_toml
+from sparsebreg.experiments.runs.methods import METHODS
+from sparsebreg.experiments.runs.train import Stopped, train
 from sparsebreg.models import MODELS
 from sparsebreg.optim.initialize import DISTRIBUTIONS
 
@@ -164,7 +164,9 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from sparsebreg.experiments.compare import compare, run_name, table
+    from sparsebreg.experiments.runs.compare import compare
+    from sparsebreg.experiments.runs.plan import run_name
+    from sparsebreg.experiments.runs.summary import table
 
     options = _options(args, (*LISTS, "command"))
     del options["command"]  # how a saved comparison was called
@@ -194,7 +196,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from sparsebreg.experiments.report import report
+    from sparsebreg.experiments.runs.report import report
 
     for path in report(Path(args.folder)):
         print(path)
@@ -208,7 +210,8 @@ def _numbers(name: str, words: list[str], kind: type) -> list[Any]:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from sparsebreg.experiments.bench import Options, run
+    from sparsebreg.experiments.bench.options import Options
+    from sparsebreg.experiments.bench.run import run
 
     given = {k: v for k, v in vars(args).items() if k in Options.__dataclass_fields__}
     if "out" not in given:

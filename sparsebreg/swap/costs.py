@@ -276,7 +276,7 @@ def _folder() -> Path | None:
 
 
 @functools.cache
-def _cpu() -> str:
+def cpu_name() -> str:
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -292,7 +292,7 @@ def _key() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "backend": backend.name,
         "isa": getattr(backend, "isa", ""),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
     }
 

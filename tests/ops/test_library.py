@@ -54,10 +54,7 @@ def check_conv2d(dtype):
     for memory_format in (torch.contiguous_format, torch.channels_last):
         p, values, x, bias = conv2d_inputs(dtype, memory_format)
         opcheck(ops.conv2d.default, (x, p.rowptr, p.col, values, bias, None, *OPTIONS))
-    opcheck(
-        ops.conv2d.default,
-        (x, p.rowptr, p.col, values.detach(), None, leaf(4, 2, 3, 2, dtype=dtype), *OPTIONS),
-    )
+    opcheck(ops.conv2d.default, (x, p.rowptr, p.col, values.detach(), None, leaf(4, 2, 3, 2, dtype=dtype), *OPTIONS))
 
 
 def check_conv2d_backward(dtype):

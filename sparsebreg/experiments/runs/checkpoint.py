@@ -13,8 +13,8 @@ import torch
 
 import sparsebreg as sb
 from sparsebreg.core.errors import RunError, expected
-from sparsebreg.experiments.config import Config
 from sparsebreg.experiments.files import atomic
+from sparsebreg.experiments.runs.config import Config
 
 NAME = "checkpoint.pt"
 

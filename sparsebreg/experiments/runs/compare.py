@@ -8,96 +8,29 @@ import json
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from tabulate import tabulate
 
 import sparsebreg as sb
-from sparsebreg.core.errors import RunError, check_choice, check_int, expected
-from sparsebreg.experiments import checkpoint, plots
-from sparsebreg.experiments.config import Config, words
-from sparsebreg.experiments.data import DATASETS, load
+from sparsebreg.core.errors import RunError, expected
+from sparsebreg.experiments.data.datasets import load
 from sparsebreg.experiments.files import prepare_folder, write
-from sparsebreg.experiments.methods import METHODS, special
-from sparsebreg.experiments.train import PARENT, Stopped
+from sparsebreg.experiments.runs import checkpoint, plots
+from sparsebreg.experiments.runs.config import Config, words
+from sparsebreg.experiments.runs.plan import Key, by_method, options, plan
+from sparsebreg.experiments.runs.summary import row
+from sparsebreg.experiments.runs.train import PARENT, Stopped
 from sparsebreg.models import MODELS
-
-#: A run of a comparison: data, model, method, seed.
-Key = tuple[str, str, str, int]
 
 #: What a comparison needs at its end, or while it runs: better missed before the first run.
 PACKAGES = ("jinja2", "matplotlib", "rich", "tabulate", "tomli_w")
-
-
-def run_name(key: Key) -> str:
-    """As messages call a run."""
-    return f"{' '.join(key[:3])} seed {key[3]}"
-
-
-def by_method(keys: Iterable[Key]) -> dict[tuple[str, str, str], list[Key]]:
-    """Runs that differ by their seed alone, by (data, model, method)."""
-    groups: dict[tuple[str, str, str], list[Key]] = {}
-    for key in keys:
-        groups.setdefault(key[:3], []).append(key)
-    return groups
-
-
-def plan(
-    base: Config, methods: Sequence[str], seeds: Sequence[int], models: Sequence[str], data: Sequence[str]
-) -> dict[Key, Config]:
-    """The resolved configuration of every run, in order; runs live in ``out/<data>-<model>/<method>-seed<k>``.
-
-    Options that only some methods take (``lam``) are left out for the others. With several data sets, each has its
-    files in a folder of its name below ``data_dir``.
-
-    Raises:
-        TypeError, ValueError: for a wrong option, or one that is listed twice.
-    """
-    for name, values, known in (("methods", methods, METHODS), ("models", models, MODELS), ("data", data, DATASETS)):
-        for value in values:
-            check_choice(name, value, known)
-    seeds = [check_int("seeds", seed, low=0) for seed in seeds]
-    for name, values in (("methods", methods), ("models", models), ("data", data), ("seeds", seeds)):
-        if len(set(values)) < len(values):
-            raise ValueError(expected(name, "every one once", ", ".join(map(str, values))))
-    configs = {}
-    for task in data:
-        folder = str(Path(base.data_dir) / task) if base.data_dir and len(data) > 1 else base.data_dir
-        for model in models:
-            for seed in seeds:  # methods inside: their times are compared, and a machine's speed drifts
-                for method in methods:
-                    config = replace(
-                        base, **dict.fromkeys(special() - set(METHODS[method].defaults)), data=task,
-                        data_dir=folder, model=model, method=method, seed=seed,
-                        out=str(Path(base.out) / f"{task}-{model}" / f"{method}-seed{seed}"),
-                    )  # fmt: skip
-                    configs[task, model, method, seed] = config.resolved()
-    return configs
-
-
-def options(base: Config, configs: dict[Key, Config]) -> dict[str, Any]:
-    """The planned comparison in the words of its command: its lists, and the options that all of its runs share.
-
-    The same comparison is planned from them. Options in which runs differ are those that ``base`` left open.
-    """
-    lists = zip(("data", "models", "methods", "seeds"), zip(*configs, strict=True), strict=True)
-    out: dict[str, Any] = {name: list(dict.fromkeys(values)) for name, values in lists}
-    out |= {"out": base.out, "data_dir": base.data_dir}
-    own = {"data", "model", "method", "seed", *out}
-    for name in (f.name for f in fields(Config) if f.name not in own):
-        taken = [c for c in configs.values() if name not in special() or name in METHODS[c.method].defaults]
-        values = {getattr(c, name) for c in taken}
-        out[name] = values.pop() if len(values) == 1 else None
-    return {k: v for k, v in out.items() if v is not None}
 
 
 def compare(
@@ -185,7 +118,7 @@ def _train_all(
     """Adds to ``results`` what is not there yet; returns what failed runs said at their end."""
     from rich.console import Console
 
-    from sparsebreg.experiments.progress import Progress
+    from sparsebreg.experiments.runs.progress import Progress
 
     failed: dict[Key, str] = {}
     console = Console(stderr=True, quiet=not progress, force_terminal=sys.stderr.isatty())
@@ -204,7 +137,7 @@ def _train_all(
 
 def _finish(folder: Path, configs: dict[Key, Config], results: dict[Key, dict[str, Any]]) -> list[dict[str, Any]]:
     """Writes files about the finished runs; returns the rows of their table."""
-    from sparsebreg.experiments import report
+    from sparsebreg.experiments.runs import report
 
     tasks = {task: done for task, keys in by_method(configs).items() if (done := [k for k in keys if k in results])}
     if not tasks:
@@ -266,72 +199,3 @@ def _pass_on(stream: IO[str], last: deque[str]) -> None:
         if text := line.rstrip():
             last.append(text)
             print(text, file=sys.stderr, flush=True)
-
-
-#: Options that set how much work a run is: times of runs that differ in them do not compare.
-SHARED = ("epochs", "batch_size", "threads", "augment", "validation")
-
-
-def row(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds of a method on a task."""
-    out: dict[str, Any] = {k: results[0][k] for k in ("data", "model", "method")}
-    out["runs"] = len(results)
-    out |= {k: results[0]["config"].get(k) for k in SHARED}
-    for key in ("test_accuracy", "sparsity", "train_seconds", "flops_fraction_of_sgd", "peak_rss_mb"):
-        values = [r[key] for r in results]
-        out[key] = statistics.mean(values)
-        out[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
-    for key in ("seconds_per_fine_step", "seconds_per_coarse_step"):
-        times = [r[key] for r in results if r[key] is not None]
-        out[key] = statistics.mean(times) if times else None
-    return out
-
-
-HEAD = (
-    "method", "runs", "test accuracy %", "sparsity %", "train s", "of sgd", "FLOPs of sgd", "ms / fine", "ms / coarse",
-)  # fmt: skip
-
-
-def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The rows as text under ``HEAD``; times relative to the fastest sgd with the same task and ``SHARED`` options."""
-
-    def baseline(row: dict[str, Any]) -> dict[str, Any] | None:
-        keys = ("data", "model", *SHARED)
-        dense = [r for r in rows if r["method"] == "sgd" and all(r.get(k) == row.get(k) for k in keys)]
-        return min(dense, key=lambda r: r["train_seconds"], default=None)
-
-    def spread(row: dict[str, Any], key: str, scale: float, digits: int) -> str:
-        text = f"{scale * row[key]:.{digits}f}"
-        return text + (f" ± {scale * row[key + '_std']:.{digits}f}" if row["runs"] > 1 else "")
-
-    def ms(seconds: float | None) -> str:
-        return "-" if seconds is None else f"{1e3 * seconds:.2f}"
-
-    lines = []
-    for r in rows:
-        sgd = baseline(r)
-        lines.append(
-            (
-                r.get("label", r["method"]),
-                str(r["runs"]),
-                spread(r, "test_accuracy", 1, 2),
-                spread(r, "sparsity", 100, 1),
-                spread(r, "train_seconds", 1, 2),
-                f"{r['train_seconds'] / sgd['train_seconds']:.2f}" if sgd else "-",
-                f"{r['flops_fraction_of_sgd']:.2f}",
-                ms(r["seconds_per_fine_step"]),
-                ms(r["seconds_per_coarse_step"]),
-            )
-        )
-    return lines
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The comparison as text, a table per task."""
-    tasks = dict.fromkeys((r["data"], r["model"]) for r in rows)
-    texts = []
-    for task in tasks:
-        lines = cells([r for r in rows if (r["data"], r["model"]) == task])
-        text = tabulate(lines, HEAD, disable_numparse=True, colalign=("left",) + ("right",) * (len(HEAD) - 1))
-        texts.append(f"{task[0]}, {task[1]}\n{text}" if len(tasks) > 1 else text)
-    return "\n\n".join(texts)

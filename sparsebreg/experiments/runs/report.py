@@ -18,11 +18,11 @@ import numpy as np
 from tabulate import tabulate
 
 from sparsebreg.core.errors import RunError, expected
-from sparsebreg.experiments import checkpoint, plots
-from sparsebreg.experiments.compare import HEAD, cells, row
-from sparsebreg.experiments.config import FREE
 from sparsebreg.experiments.files import write
-from sparsebreg.experiments.train import PHASES
+from sparsebreg.experiments.runs import checkpoint, plots
+from sparsebreg.experiments.runs.config import FREE
+from sparsebreg.experiments.runs.run import PHASES
+from sparsebreg.experiments.runs.summary import HEAD, cells, row
 
 #: Facts about the machine and their names on the page.
 FACTS = {

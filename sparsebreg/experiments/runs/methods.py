@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,8 +14,8 @@ from sparsebreg.optim import BregmanOptimizer
 from sparsebreg.optim.groups import dense_layers
 from sparsebreg.optim.initialize import DISTRIBUTIONS
 
-if TYPE_CHECKING:
-    from sparsebreg.experiments.config import Config
+#: The resolved options of a run: a ``config.Config``, which is built on this module.
+Config = Any
 
 
 class Cycle(Protocol):
@@ -49,7 +49,7 @@ class Plain:
 
 
 #: From the dense model, the resolved options and the number of steps of the run.
-Build = Callable[[nn.Module, "Config", int], tuple[torch.optim.Optimizer, Cycle]]
+Build = Callable[[nn.Module, Config, int], tuple[torch.optim.Optimizer, Cycle]]
 
 
 @dataclass(frozen=True)
@@ -185,10 +185,7 @@ METHODS: dict[str, Method] = {
         # The MLP does as well without momentum, and a step is shorter; from a λ that is far too small most weights wake
         # in the first steps, and without a warm-up it diverged. So does the ConvNet with a shorter one, and always
         # without momentum.
-        for_model={
-            "mlp": {"momentum": 0.0, "warmup": 0.2},
-            "convnet": {"lr": 1.5, "lam": 0.2, "warmup": 1.0},
-        },
+        for_model={"mlp": {"momentum": 0.0, "warmup": 0.2}, "convnet": {"lr": 1.5, "lam": 0.2, "warmup": 1.0}},
         bregman=True,
     ),
     "adabreg": Method(_ADABREG, {**_SPARSE, "lr": 2e-3, "lam": 0.02}, bregman=True, for_target={"lr": 4e-3}),

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import sparsebreg as sb
 from sparsebreg import backends, lanes
 from sparsebreg.core.errors import RunError, expected
-from sparsebreg.experiments.shapes import NETWORKS, SUITES
+from sparsebreg.experiments.bench.shapes import NETWORKS, SUITES
 from sparsebreg.models import MODELS
 from sparsebreg.nn.layer import adopt
 
@@ -388,7 +388,5 @@ def work(case: Case, density: float | None) -> Work:
     images = math.prod(shape.sizes(case.batch)) + shape.weight[0] * positions
     index = 0 if density is None else nnz
     return Work(
-        2.0 * products * nnz * positions,
-        2.0 * products * weights * positions,
-        4.0 * products * (images + nnz + index),
+        2.0 * products * nnz * positions, 2.0 * products * weights * positions, 4.0 * products * (images + nnz + index)
     )

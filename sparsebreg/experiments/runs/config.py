@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from sparsebreg.core.errors import check_choice, check_int, check_real, expected
-from sparsebreg.experiments.data import DATASETS
+from sparsebreg.experiments.data.datasets import DATASETS
 from sparsebreg.experiments.files import write
-from sparsebreg.experiments.methods import FOR_DATA, METHODS, special
+from sparsebreg.experiments.runs.methods import FOR_DATA, METHODS, special
 from sparsebreg.models import MODELS
 from sparsebreg.optim.initialize import DISTRIBUTIONS
 

@@ -12,8 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sparsebreg.experiments.compare import Key, by_method, run_name
-from sparsebreg.experiments.config import Config
+from sparsebreg.experiments.runs.config import Config
+from sparsebreg.experiments.runs.plan import Key, by_method, run_name
 
 
 def clock(seconds: float) -> str:

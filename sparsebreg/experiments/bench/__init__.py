@@ -1,0 +1,1 @@
+"""The benchmark: what layers and networks take, sparse and dense."""

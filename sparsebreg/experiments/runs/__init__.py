@@ -1,0 +1,1 @@
+"""Training runs, comparisons of runs, and their reports."""

@@ -11,14 +11,18 @@ import time
 import numpy as np
 import pytest
 import torch
-from sparsebreg.experiments.bench.bench import Options, break_even, compare, measure
 
 import sparsebreg as sb
 from sparsebreg import backends
 from sparsebreg.experiments import cli, timing
-from sparsebreg.experiments.bench import bench, cases
+from sparsebreg.experiments.bench import against, cases, options, plots
+from sparsebreg.experiments.bench import measure as measuring
+from sparsebreg.experiments.bench import run as running
+from sparsebreg.experiments.bench.against import compare
 from sparsebreg.experiments.bench.breakdown import PARTS, REST, breakdown
 from sparsebreg.experiments.bench.cases import Case, derived, work
+from sparsebreg.experiments.bench.measure import break_even, measure
+from sparsebreg.experiments.bench.options import Options
 from sparsebreg.experiments.bench.shapes import (
     CONV2D,
     LINEAR,
@@ -30,7 +34,6 @@ from sparsebreg.experiments.bench.shapes import (
     Linear,
     Norm,
 )
-from sparsebreg.experiments.runs import plots
 
 LANES = ["lanes"] if backends.current().lanes else []
 
@@ -50,9 +53,9 @@ def tiny(monkeypatch):
     ):
         monkeypatch.setitem(SUITES, suite, layers)
     monkeypatch.setitem(NETWORKS, "mlp", (1, 4, 4))
-    for module in (bench, cases):
+    for module in (running, cases):
         monkeypatch.setattr(module, "installed", dict)
-    monkeypatch.setattr(bench, "REPRESENTATIVE", ("small", "small_conv", "small_norm", "mlp"))
+    monkeypatch.setattr(options, "REPRESENTATIVE", ("small", "small_conv", "small_norm", "mlp"))
     monkeypatch.setattr(timing, "GEMM", 16)
     monkeypatch.setattr(timing, "COPY", 1 << 10)
     monkeypatch.setattr(timing, "TURN", 0)
@@ -111,7 +114,7 @@ def test_everything_is_measured_and_written(tiny, tmp_path, capsys):
     assert main(*words, "--budget", 1e-3, "--out", tmp_path / "b") == 0
     printed = capsys.readouterr()
     content = json.loads((tmp_path / "b" / "bench.json").read_text(), parse_constant=pytest.fail)
-    assert content["schema"] == bench.SCHEMA
+    assert content["schema"] == against.SCHEMA
     machine = content["machine"]
     assert all(machine[k] for k in ("cpu", "cores", "isa", "threads", "torch", "numpy", "python", "version", "backend"))
     assert "caches" in machine
@@ -304,7 +307,7 @@ def test_comparison():
 
 @pytest.mark.parametrize(("ratios", "median"), [((2.0,), 2.0), ((1.0, 3.0), 3.0), ((5.0, 1.0, 3.0), 3.0)])
 def test_runs_are_merged_to_the_one_with_the_median_ratio(ratios, median):
-    merged = bench.merged([result("a", r, ms=1 / r) for r in ratios])
+    merged = measuring.merged([result("a", r, ms=1 / r) for r in ratios])
     assert (merged["ratio"]["median"], merged["ms"], merged["ratios"]) == (median, 1 / median, list(ratios))
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sparsebreg.swap.convert import iter_weights
 from test_data import write
 
 import sparsebreg as sb
@@ -23,6 +22,7 @@ from sparsebreg.experiments.runs import methods, train
 from sparsebreg.experiments.runs.compare import plan
 from sparsebreg.experiments.runs.config import Config, read_toml
 from sparsebreg.experiments.runs.methods import METHODS
+from sparsebreg.swap.inspect import iter_weights
 
 KEYS = [
     "method",

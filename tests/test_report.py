@@ -12,8 +12,8 @@ import pytest
 from sparsebreg.core.errors import RunError
 from sparsebreg.experiments import cli
 from sparsebreg.experiments.runs import plots
-from sparsebreg.experiments.runs.compare import HEAD, SHARED, cells, row, table
 from sparsebreg.experiments.runs.report import comparisons, report
+from sparsebreg.experiments.runs.summary import HEAD, SHARED, cells, row, table
 
 CONFIG = {"data": "digits", "model": "mlp", "coarse_steps": None, "lam": None, "batch_size": 128}
 

@@ -6,18 +6,12 @@ import os
 
 import pytest
 import torch
+from helpers import BACKENDS, ENGINES, ISAS
 
 import sparsebreg as sb
-from sparsebreg import backends
 from sparsebreg.core import extension
 
 os.environ["SPARSEBREG_CACHE"] = ""  # what becomes sparse depends on no machine
-
-BACKENDS = [name for name, cause in backends.available().items() if not cause]
-ISAS = extension.native().available_isas() if extension.native() else []
-
-#: Every way to compute: (backend, instruction set).
-ENGINES = [(b, isa) for b in BACKENDS for isa in (ISAS if b == "native" else [""])]
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +38,15 @@ def engine(request):
         extension.native().select_isa(before)
 
 
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Computes on one instruction set."""
+    before = extension.native().isa()
+    extension.native().select_isa(request.param)
+    yield request.param
+    extension.native().select_isa(before)
+
+
 @pytest.fixture
 def on_native():
     """For what only the native backend does, whichever the tests run on."""
@@ -64,20 +67,3 @@ def one_thread():
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["f64", "f32"])
 def dtype(request):
     return request.param
-
-
-def sparse_weight(shape, density, dtype=torch.float64):
-    """(weight with zeros outside of the mask, mask)."""
-    mask = torch.rand(shape) < density
-    return torch.randn(shape, dtype=dtype) * mask, mask
-
-
-def close(actual, expected, dtype=None, scale=None):
-    """Largest error is small beside the largest entry: 1e-10 in float64, 1e-4 in float32."""
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    limit = 1e-10 if actual.dtype is torch.float64 else 1e-4
-    if expected.numel():
-        size = expected.abs().max().item() if scale is None else scale
-        error = (actual - expected).abs().max().item()
-        assert error <= limit * max(size, 1.0), f"error {error:.3g} at size {size:.3g}"

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import close, sparse_weight
+from helpers import close, sparse_weight
 from torch import nn
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode

@@ -49,8 +49,8 @@ def table(results: Sequence[Result]) -> str:
         )
         for r in results
     ]
-    fixed = [f"{k} {results[0][k]}" for k in ("batch", "threads") if k not in vary]
-    return "\n\n".join(filter(None, (", ".join(fixed), as_table(head, rows, 3))))
+    same = [f"{k} {results[0][k]}" for k in ("batch", "threads") if k not in vary]
+    return "\n\n".join(filter(None, (", ".join(same), as_table(head, rows, 3))))
 
 
 def break_even_table(evens: Sequence[Result]) -> str:

@@ -1,0 +1,127 @@
+"""Batch norms that wait, and what takes them over."""
+
+import pytest
+import torch
+from lanetests import CONVOLVED, FUSED, agree, ordinary
+from torch import nn
+from torch.nn import functional as F
+
+import sparsebreg as sb
+from sparsebreg import lanes
+from sparsebreg.lanes import LaneTensor
+from sparsebreg.ops import Geometry, sparse_conv2d
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("n", [16, 21])
+@pytest.mark.parametrize("name", FUSED)
+def test_norm_relu_and_residual(name, n, training):
+    def make():
+        norms = nn.ModuleList([nn.BatchNorm2d(5), nn.BatchNorm2d(5)]).double().train(training)
+        for i, p in enumerate(norms.parameters()):
+            p.data = torch.linspace(0.5 + i, -0.5 + i, 5, dtype=torch.float64)
+        return norms
+
+    norms = [make(), make()]
+    order = iter(norms)
+    if "later" in name:  # autograd refuses: the norm's input is needed for its gradient
+        x = torch.randn(n, 5, 3, 4, dtype=torch.float64)
+        with torch.no_grad():
+            want = FUSED[name](norms[0], x)
+            torch.testing.assert_close(ordinary(FUSED[name](norms[1], lanes.from_plain(x))), want)
+        return
+    agree(lambda x: FUSED[name](next(order), x), n, 5, 3, 4)
+    for p, q in zip(*(m.parameters() for m in norms), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("size", [16, 21])
+@pytest.mark.parametrize("name", CONVOLVED)
+def test_norm_before_a_convolution(name, size, training):
+    weight = torch.randn(6, 6, 3, 3, dtype=torch.float64) * (torch.rand(6, 6, 3, 3) < 0.4)
+    pattern = sb.SparsePattern.from_mask(weight != 0)
+    norms, kernels = [], [weight.clone().requires_grad_(), pattern.gather(weight).requires_grad_()]
+    for _ in range(2):
+        norms.append(nn.BatchNorm2d(6).double().train(training))
+        for i, p in enumerate(norms[-1].parameters()):
+            p.data = torch.linspace(1.5 - i, -0.5 + i, 6, dtype=torch.float64)
+        for b in norms[-1].buffers():
+            b += 1
+
+    def run(x):
+        if isinstance(x, LaneTensor):
+
+            def conv(x):
+                geometry = Geometry((1, 1), (1, 1), (1, 1), x.shape[1] // 6)
+                return sparse_conv2d(x, pattern, kernels[1], geometry=geometry)
+
+            return CONVOLVED[name](norms[1], conv, x)
+        return CONVOLVED[name](norms[0], lambda x: F.conv2d(x, kernels[0], padding=1, groups=x.shape[1] // 6), x)
+
+    if "later" in name:  # autograd refuses: the norm's input is needed for its gradient
+        x = torch.randn(size, 6, 5, 6, dtype=torch.float64)
+        with torch.no_grad():
+            torch.testing.assert_close(ordinary(run(lanes.from_plain(x))), run(x))
+        return
+    agree(run, size, 6, 5, 6)
+    torch.testing.assert_close(kernels[1].grad, pattern.gather(kernels[0].grad), rtol=1e-9, atol=1e-9)
+    for p, q in zip(*(m.parameters() for m in norms), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("written", ["result", "input"])
+def test_whole_writes_behind_autograds_back(written):
+    """What .data writes is what the backward pass sees, as in torch."""
+    x = torch.randn(16, 3, 4, 4, dtype=torch.float64)
+    grads = []
+    for make in (torch.clone, lanes.from_plain):
+        norm = nn.BatchNorm2d(3).double()
+        a = x.clone().requires_grad_()
+        h = make(a) * 1
+        y = F.relu(norm(h))
+        z = y * 1
+        (y if written == "result" else h).data.mul_(-1 if written == "result" else 0.5)
+        z.sum().backward()
+        grads.append([a.grad, norm.weight.grad, norm.bias.grad])
+    for p, q in zip(*grads, strict=True):
+        torch.testing.assert_close(q, p)
+
+
+@pytest.mark.parametrize("n", [16, 21])
+def test_a_gradient_written_after_a_norm_has_read_it(n):
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64) * (torch.rand(4, 3, 3, 3) < 0.4)
+    pattern = sb.SparsePattern.from_mask(weight != 0)
+    values = pattern.gather(weight)
+    x = torch.randn(n, 3, 5, 5, dtype=torch.float64)
+    grads = []
+    for conv, make in (
+        (lambda t: F.conv2d(t, weight, padding=1), torch.clone),
+        (lambda t: sparse_conv2d(t, pattern, values, geometry=Geometry(padding=(1, 1))), lanes.from_plain),
+    ):
+        norm, of_norm = nn.BatchNorm2d(4).double(), []
+        a = x.clone().requires_grad_()
+        y = conv(make(a))
+        z = norm(y)
+        z.register_hook(lambda g, kept=of_norm: kept.append(g))
+        y.register_hook(lambda g, kept=of_norm: (kept[0].zero_(), None)[1])
+        (z * torch.linspace(-1, 2, 5, dtype=torch.float64)).sum().backward()
+        grads.append(a.grad)
+    assert grads[0].abs().max() > 0.1
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_many_gradients_meet():
+    x = torch.randn(16, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    h = F.relu(nn.BatchNorm2d(2).double()(lanes.from_plain(x)))
+    sum((h * 1 for _ in range(1500)), torch.zeros(())).sum().backward()
+    assert x.grad.isfinite().all()
+    with torch.no_grad():
+        total = h
+        for _ in range(1500):
+            total = total + h
+        torch.testing.assert_close(ordinary(total), 1501 * ordinary(h))

@@ -58,6 +58,17 @@ void norm_grad(int64_t N, int64_t C, int64_t P, const Array& grad_y, const BackN
   });
 }
 
+// Without grad_y: forward; else the gradient of x.
+void hardswish(const Array& x, const Maybe& grad_y, const Array& result, int threads) {
+  if (x.size % LANES) refuse("x", "whole blocks of lanes", std::to_string(x.size) + " elements");
+  for_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    PointwiseArgs<T> a{x.size, in<T>("x", x, x.size), maybe_in<T>("grad_y", grad_y, x.size),
+                       out<T>("result", result, x.size), team(threads, double(x.size))};
+    run(grad_y ? kernels_of<T>().hardswish_backward : kernels_of<T>().hardswish_forward, a);
+  });
+}
+
 // geometry: H, W, OH, OW, KH, KW, SH, SW, PH, PW, DH, DW. With x: writes y and codes; else backward: writes grad_x.
 void max_pool(int64_t planes, const std::vector<int>& geometry, const Maybe& x, const Maybe& y, const Array& codes,
               const Maybe& grad_y, const Maybe& grad_x, int threads) {
@@ -119,6 +130,7 @@ void register_norm_pool(py::module_& m) {
   m.def("norm_apply", &norm_apply);
   m.def("norm_reduce", &norm_reduce);
   m.def("norm_grad", &norm_grad);
+  m.def("hardswish", &hardswish);
   m.def("max_pool", &max_pool);
   m.def("repack", &repack);
 }

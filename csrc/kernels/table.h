@@ -159,6 +159,16 @@ struct AdaStepArgs {
   const GatherArgs<T>* gather = nullptr;
 };
 
+// An activation over a packed tensor of n elements, and its gradient.
+template <class T>
+struct PointwiseArgs {
+  int64_t n;
+  const T* x;
+  const T* grad_y;
+  T* out;
+  int threads;
+};
+
 // Max pooling of `planes` images in the lane layout: x [planes][H][W][16], y, codes [planes][OH][OW][16].
 template <class T>
 struct PoolArgs {
@@ -222,6 +232,8 @@ struct Kernels {
   bool (*l1_shift)(const StepArgs<T>&);
   bool (*adabreg_step)(const AdaStepArgs<T>&);
   bool (*proxsgd_step)(const StepArgs<T>&);
+  void (*hardswish_forward)(const PointwiseArgs<T>&);
+  void (*hardswish_backward)(const PointwiseArgs<T>&);
   void (*max_pool_forward)(const PoolArgs<T>&);
   void (*max_pool_backward)(const PoolArgs<T>&);
   void (*norm_stats)(const NormArgs<T>&);

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from sparsebreg.core import memory
+from sparsebreg.core.extension import native
 from sparsebreg.lanes.layout import FLOATS, pack
-from sparsebreg.lanes.tensor import HANDLERS, LaneTensor, wrap
+from sparsebreg.lanes.tensor import HANDLERS, LaneTensor, handles, wrap
 
 aten = torch.ops.aten
 
@@ -105,3 +106,13 @@ def _register_pointwise() -> None:
 
 
 _register_pointwise()
+
+
+@handles(aten.hardswish.default, aten.hardswish_backward.default)
+def _hardswish(func, args, kwargs):
+    *grad, x = args
+    if not all(isinstance(t, LaneTensor) and t.shape == x.shape for t in args):
+        return pointwise(func, args, kwargs)
+    out, *sources = memory.empty(tuple(x.packed.shape), x.dtype), *(t.packed.numpy() for t in (x, *grad))
+    native().hardswish(sources[0], sources[1] if grad else None, out.numpy(), torch.get_num_threads())
+    return wrap(out, x.shape[0])

@@ -6,17 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from datafiles import WNIDS, write_tiny
+from datafiles import WNIDS
 from PIL import Image
 
 from sparsebreg.core.errors import DataError
 from sparsebreg.experiments.data import datasets as data
 from sparsebreg.experiments.data import tiny_imagenet
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    return write_tiny(tmp_path)
 
 
 @pytest.mark.parametrize("above", [False, True])

@@ -71,7 +71,7 @@ def test_models_with_batch_norm_start_alike():
 
 def test_readme_on_the_experiment(tmp_path):
     """The command and the file there are one comparison, with the numbers that the text gives."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+    text = (Path(__file__).parents[3] / "README.md").read_text()
     section = text.split("## The paper's experiment, your data\n")[1].split("\n## ")[0]
     command, toml = (re.search(rf"```{kind}\n(.*?)```", section, re.DOTALL)[1] for kind in ("sh", "toml"))
     words = shlex.split(command.replace("\\\n", ""))

@@ -1,10 +1,10 @@
 """The cases of ``sparsebreg bench`` for pytest-benchmark, on all processors that torch takes; see README.md."""
 
 import pytest
-from sparsebreg.experiments.bench.options import Options
 
 import sparsebreg as sb
 from sparsebreg.experiments.bench.cases import candidates, installed
+from sparsebreg.experiments.bench.options import Options
 
 
 def pytest_addoption(parser):

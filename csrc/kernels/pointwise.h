@@ -29,6 +29,6 @@ void hardswish_backward(const PointwiseArgs<T>& a) {
   const V<T> three = splat<T>(3), third = splat<T>(T(1) / T(3)), half = splat<T>(T(0.5));
   each_vector(a, [&](int64_t i) {
     const V<T> x = load(a.x + i), g = load(a.grad_y + i), between = g * (x * third + half);
-    return x <= -three ? zero<T>() : x >= three ? g : between;
+    return x <= -three ? zero<T>() : x < three ? between : g;  // at NaN it passes, as torch has it
   });
 }

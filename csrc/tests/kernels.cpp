@@ -97,7 +97,7 @@ void compare(const char* what, const Buffer<T>& got, const Shape& s, const Doubl
     for (int64_t c = 0; c < s.C; ++c)
       for (int64_t p = 0; p < s.P; ++p, ++i) {
         const double g = double(got.data[s.at(n, c, p)]), w = wanted[i];
-        if (std::isnan(w) ? std::isnan(g) : std::abs(g - w) <= limit) continue;
+        if (std::isnan(w) ? std::isnan(g) : g == w || std::abs(g - w) <= limit) continue;
         return fail(std::string(what) + "[" + text({n, c, p}) + "]: expected " + std::to_string(w) + ", got " +
                     std::to_string(g));
       }
@@ -729,6 +729,30 @@ void test_max_pool() {
   family("max_pool");
 }
 
+void test_hardswish() {
+  const double inf = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
+  for (int64_t n : {LANES, 37 * LANES, 40000 * LANES}) {
+    Doubles x = random_doubles(n), g = random_doubles(n), y, grad;
+    const double corners[] = {-inf, -3.5, -3, -2.9, -0.0, 0, 2.9, 3, 3.5, inf, nan};
+    for (size_t i = 0; i < x.size(); ++i) x[i] = i % 3 ? 5 * x[i] : corners[i / 3 % 11];
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double v = x[i] = double(float(x[i]));
+      y.push_back(std::isnan(v) ? nan : v * std::min(std::max(v + 3, 0.0), 6.0) / 6);
+      grad.push_back(v <= -3 ? 0 : v < 3 ? g[i] * (v / 3 + 0.5) : g[i]);
+    }
+    everywhere("hardswish " + text({n}), [&](auto zero, int threads) {
+      using T = decltype(zero);
+      Buffer<T> from(x), by(g), to(n), back(n);
+      const PointwiseArgs<T> forward{n, from, nullptr, to, threads}, backward{n, from, by, back, threads};
+      kernels<T>().hardswish_forward(forward);
+      kernels<T>().hardswish_backward(backward);
+      compare("y", to, y);
+      compare("grad_x", back, grad);
+    });
+  }
+  family("hardswish");
+}
+
 void test_norm() {
   for (int64_t N : BATCHES)
     for (int64_t C : {1, 6, 16})
@@ -968,7 +992,7 @@ void test_pattern() {
 }  // namespace
 
 int main() {
-  static_assert(sizeof(Kernels<float>) == 23 * sizeof(void (*)()), "a kernel of the table has no test here");
+  static_assert(sizeof(Kernels<float>) == 25 * sizeof(void (*)()), "a kernel of the table has no test here");
   test_pattern();
   test_pack();
   test_linear();
@@ -980,5 +1004,6 @@ int main() {
   test_adabreg_step();
   test_subnormal_state();
   test_max_pool();
+  test_hardswish();
   test_norm();
 }

@@ -35,11 +35,13 @@ ConvArgs<T> conv_sizes(int64_t N, const std::vector<int>& geometry, int x_layout
     refuse("x", "an image at least as large as the kernel", std::to_string(a.H) + " x " + std::to_string(a.W));
   a.OH = int(oh / a.SH + 1);
   a.OW = int(ow / a.SW + 1);
-  // Offsets inside a band are int32. This bounds the size of a band, which is at least as high as a tile, from above.
-  const int64_t high = std::max(a.H, a.OH) + reach_y + 2 * int64_t(a.PH) + 8,
-                wide = a.W + a.OW + 2 * int64_t(a.PW) + reach_x + 32, border = std::max<int64_t>(reach_y, a.PH);
-  const int64_t band_rows = std::min<int64_t>(high, border + 8 + (int64_t(1) << 20) / (wide * LANES * 4) + 8);
-  if (double(std::max(a.IC, a.OC)) * a.SH * a.SW * double(band_rows) * double(wide) * LANES > 2147483647.0)
+  // Offsets inside a band are int32. This bounds the sizes of the bands of x and of grad_y from above: their rows and
+  // columns are destinations, which lie a stride apart, a border, and what a tile may stick out.
+  const int64_t border_y = (reach_y + a.PH) / a.SH + 1, border_x = (reach_x + a.PW) / a.SW + 1;
+  const int64_t high = std::max(a.OH, a.H / a.SH + 1) + 2 * border_y + 8, wide = a.OW + a.W / a.SW + 2 * border_x + 32;
+  const int64_t rows = std::min<int64_t>(high, 2 * border_y + 16 + (int64_t(1) << 20) / (wide * LANES * 4));
+  const double planes = std::max<double>(double(a.IC) * std::min(a.SH, a.KH) * std::min(a.SW, a.KW), a.OC);
+  if (planes * double(rows) * double(wide) * LANES > 2147483647.0)
     refuse("x", "a band of rows of less than 2**31 elements", "a larger image");
   a.x_layout = layout_of("x_layout", x_layout, 2);
   a.y_layout = layout_of("y_layout", y_layout, 2);

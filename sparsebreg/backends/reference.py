@@ -9,13 +9,19 @@ from sparsebreg.backends.protocol import FORMATS, Geometry, Grads
 from sparsebreg.core.pattern import SparsePattern
 
 
+#: In the tensors' own dtype under autocast, too, as the kernels of the other backends.
+_exact = torch.autocast("cpu", enabled=False)
+
+
 class ReferenceBackend:
     name = "reference"
     lanes = False
 
+    @_exact
     def linear_forward(self, pattern, x, values, bias):
         return F.linear(x, pattern.scatter(values), bias)
 
+    @_exact
     def linear_backward(self, pattern, grad_y, x, values, needs) -> Grads:
         return (
             grad_y @ pattern.scatter(values) if needs[0] else None,
@@ -29,10 +35,12 @@ class ReferenceBackend:
     def conv2d_weight_grad(self, grad_y, x, shape, geometry, needs):
         return None
 
+    @_exact
     def conv2d_forward(self, pattern, x, values, bias, geometry, layout, training):
         y = F.conv2d(x, pattern.scatter(values), bias, *geometry)
         return y.contiguous(memory_format=FORMATS[layout])
 
+    @_exact
     def conv2d_backward(
         self,
         pattern: SparsePattern,

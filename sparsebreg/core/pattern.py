@@ -84,7 +84,7 @@ class SparsePattern:
             raise ValueError(expected("col", f"at most {_INT32_MAX} nonzeros", nnz))
         put(self, "col", _int32("col", self.col, nnz))
         ptr, col = self.rowptr.numpy(), self.col.numpy()
-        if ptr[0] != 0 or ptr[-1] != len(col) or (np.diff(ptr) < 0).any():
+        if ptr[0] != 0 or ptr[-1] != len(col) or (ptr[1:] < ptr[:-1]).any():
             raise ValueError(expected("rowptr", f"values that never fall, from 0 to {len(col)}", "others"))
         if len(col) and (col.min() < 0 or col.max() >= cols):
             raise ValueError(expected("col", f"indices from 0 to {cols - 1}", f"{col.min()} to {col.max()}"))
@@ -322,7 +322,14 @@ class SparsePattern:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> SparsePattern:
-        return cls(tuple(state["shape"]), state["rowptr"], state["col"])
+        """The pattern that :meth:`state_dict` described. Raises TypeError or ValueError for anything else."""
+        if not isinstance(state, dict) or not state.keys() >= {"shape", "rowptr", "col"}:
+            got = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(expected("state", "a dictionary with shape, rowptr and col", got))
+        shape = state["shape"]
+        if not isinstance(shape, (list, tuple)) or not all(type(s) is int for s in shape):
+            raise TypeError(expected("shape", "a list of integers", repr(shape)))
+        return cls(tuple(shape), state["rowptr"], state["col"])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SparsePattern):

@@ -138,7 +138,7 @@ def sparse_conv2d(
     Differentiable, any number of times, in x, values and bias.
 
     Args:
-        x: (N, IC, H, W) or (IC, H, W), float32 or float64, on the CPU.
+        x: (N, IC, H, W) or (IC, H, W), float32 or float64, on the CPU; under ``torch.autocast`` any floating dtype.
         pattern: of shape (OC, IC / groups, KH, KW).
         values: (nnz,), dtype of x.
         bias: (OC,), dtype of x.
@@ -153,6 +153,7 @@ def sparse_conv2d(
     Raises:
         TypeError, ValueError: naming the argument, for a wrong dtype, device, layout or shape.
     """
+    x = library.under_autocast(x, getattr(values, "dtype", None))
     if torch.compiler.is_compiling():  # plain tensors alone: compiled code reads memory itself
         batch = x if x.dim() == 4 else x.unsqueeze(0)
         options = pattern.shape[2:], *geometry, channels_last

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import is_autocast_enabled
 from torch.utils.flop_counter import register_flop_formula
 
 from sparsebreg.core.gradient import PendingGrad
@@ -89,6 +90,13 @@ def observed(*tensors: torch.Tensor | None) -> bool:
 def traced() -> bool:
     """Whether a gradient has to be an operation of its own: to be differentiated or transformed again."""
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def under_autocast(x: Any, dtype: torch.dtype) -> Any:
+    """x as ``torch.autocast`` hands it to an operation of this dtype: cast, where autocast is on and x has another."""
+    if isinstance(x, torch.Tensor) and x.dtype is not dtype and x.is_floating_point() and is_autocast_enabled("cpu"):
+        return x.to(dtype)
+    return x
 
 
 def below_autograd(operator: Any, *args: Any) -> Any:

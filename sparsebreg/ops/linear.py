@@ -97,7 +97,7 @@ def sparse_linear(
     Differentiable, any number of times, in x, values and bias.
 
     Args:
-        x: (..., in_features), float32 or float64, on the CPU.
+        x: (..., in_features), float32 or float64, on the CPU; under ``torch.autocast`` any floating dtype, which is cast.
         pattern: of shape (out_features, in_features).
         values: (nnz,), dtype of x.
         bias: (out_features,), dtype of x.
@@ -111,12 +111,14 @@ def sparse_linear(
         TypeError, ValueError: naming the argument, for a wrong dtype, device, layout or shape.
     """
     if is_compiling():
+        x = library.under_autocast(x, values.dtype)
         rows = x.reshape(-1, pattern.shape[1])
         y = torch.ops.sparsebreg.linear(rows, pattern.rowptr, pattern.col, values, bias, weight)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], pattern.shape[0])
     kind = Linear(pattern, backends.current())
     if weight is None and _usual(x, pattern, values, bias):
         return _apply(x, values, bias, None, kind, False)
+    x = library.under_autocast(x, getattr(values, "dtype", None))
     kind.check(x, values, bias, weight)
     rows = x.contiguous() if x.dim() == 2 else x.reshape(-1, pattern.cols).contiguous()
     bias, seen = None if bias is None else bias.contiguous(), library.observed(x, values, bias)

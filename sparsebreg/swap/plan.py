@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from sparsebreg.optim.regularizers import NoReg
 from sparsebreg.swap.decide import Decider, Filter
 from sparsebreg.swap.inspect import sparse_layers
 from sparsebreg.swap.report import LayerReport, SwapReport
-from sparsebreg.swap.state import held
+from sparsebreg.swap.state import check_optimizer, held
 
 
 def check_model(model: Any) -> None:
@@ -32,6 +33,22 @@ def check_model(model: Any) -> None:
         if any(c.__name__ in parallel for c in type(module).__mro__):
             where = f"'{name}' is a {type(module).__name__}" if name else f"a {type(module).__name__}"
             raise SwapError(expected("model", "a model that is not wrapped for data parallelism", where))
+    if (wrapper := _wrapper_of(model)) is not None:
+        wanted = "a model that is wrapped after its swap (sparsify_(model), then model = DistributedDataParallel(model))"
+        got = f"one that is inside of a {wrapper} already, which goes on reducing the old parameters"
+        raise SwapError(expected("model", wanted, got))
+
+
+def _wrapper_of(model: nn.Module) -> str | None:
+    """The wrapper for data parallelism that holds the model or a part of it, where processes work together."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    parts = set(map(id, model.modules()))
+    for found in gc.get_objects():  # a wrapper is known to nobody else
+        if any(c is nn.parallel.DistributedDataParallel for c in type(found).__mro__):
+            if any(id(m) in parts for m in found.modules()):
+                return type(found).__name__
+    return None
 
 
 @dataclass
@@ -59,6 +76,18 @@ def _check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
             raise ValueError(expected(f"masks['{name}']", "zero weights outside of it", f"{outside} others"))
 
 
+def _other_weights(model: nn.Module) -> list[LayerReport]:
+    """Weights of two dimensions or more outside of linear and convolution layers: they stay dense."""
+    listed = {id(m.weight) for _, m in dense_layers(model)}
+    found = []
+    for name, p in model.named_parameters():
+        if not nn.parameter.is_lazy(p) and p.dim() > 1 and id(p) not in listed:
+            kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            nnz = count_nonzero(p) if p.device.type == "cpu" else p.numel()
+            found.append(LayerReport(name, kind, tuple(p.shape), nnz, "dense", f"{kind} has no sparse form"))
+    return found
+
+
 @labelled("plan")
 def plan_freeze(
     model: nn.Module,
@@ -75,8 +104,8 @@ def plan_freeze(
         raise SwapError(
             expected("model", "dense layers only", "a model that already has sparse layers (densify_ first)")
         )
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(expected("optimizer", "a torch.optim.Optimizer", type(optimizer).__name__))
+    if optimizer is not None:
+        check_optimizer(optimizer)
     decider.look(model)
     groups = held(optimizer) if optimizer is not None else {}
     bregman = isinstance(optimizer, BregmanOptimizer)
@@ -118,6 +147,7 @@ def plan_freeze(
         nnz = pattern.nnz if pattern is not None else weight.numel()
         empty = (pattern.empty_rows, pattern.empty_channels) if pattern is not None else ()
         plan.report.layers.append(LayerReport(name, kind, tuple(weight.shape), nnz, action, reason, *empty))
+    plan.report.others.extend(_other_weights(model))
     if bregman:
         for name, p in model.named_parameters():
             group = groups.get(id(p))

@@ -54,11 +54,18 @@ class LayerReport:
 class SwapReport:
     """What a swap did, layer by layer; prints as a table.
 
-    Below it stand layers that have no active weight left, matrices that have become smaller, and operations that
-    unpacked lane tensors since the swap: print the report after a training step to see what a model should avoid.
+    Below it stand weights of other modules, which stay dense, how many of all weights are in sparse layers now, layers
+    that have no active weight left, matrices that have become smaller, and operations that unpacked lane tensors since
+    the swap: print the report after a training step to see what a model should avoid.
+
+    Attributes:
+        layers: linear and convolution layers.
+        others: weights of two dimensions or more that belong to other modules (embeddings, attention, LSTMs), by the
+            parameter's name.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
+    others: list[LayerReport] = field(default_factory=list)
     _unpacked: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
 
     @property
@@ -95,6 +102,12 @@ class SwapReport:
         ]
         table = tabulate(rows, ("layer", "kind", "shape", "density", "empty", "now", "why"), disable_numparse=True)
         lines = [table, f"{len(self.sparse)} of {len(self.layers)} layers sparse, density {self.density:.2%}"]
+        total = max(1, sum(math.prod(r.shape) for r in (*self.layers, *self.others)))
+        if self.others:
+            shares = ", ".join(f"{r.name} ({r.kind}, {math.prod(r.shape) / total:.1%})" for r in self.others)
+            lines.append(f"other weights, which stay dense: {shares}")
+        share = sum(math.prod(r.shape) for r in self.sparse) / total
+        lines.append(f"sparse layers hold {share:.1%} of the model's weights")
         if self.dead:
             lines.append(f"no active weight is left in: {', '.join(r.name for r in self.dead)}")
         for r in self.layers:

@@ -11,8 +11,29 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsebreg.core.errors import SwapError, expected
 from sparsebreg.core.pattern import SparsePattern
 from sparsebreg.optim.base import BregmanOptimizer
+
+
+#: Optimizers of torch whose state is no tensor of the weight's shape, or that need the weight as a matrix.
+_CANNOT_FOLLOW = {"Adafactor", "LBFGS", "Muon", "SparseAdam"}
+
+FOLLOWING = "SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Rprop, Adagrad, Adadelta, ASGD, LinBreg, AdaBreg, ProxSGD"
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raises TypeError or SwapError unless the optimizer's state can follow a weight to its active entries."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(expected("optimizer", "a torch.optim.Optimizer", type(optimizer).__name__))
+    wanted = f"one with a state for every weight, such as {FOLLOWING}"
+    if any(c.__name__ in _CANNOT_FOLLOW for c in type(optimizer).__mro__):
+        raise SwapError(expected("optimizer", wanted, type(optimizer).__name__))
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            if p.dim() > 1 and isinstance(value, torch.Tensor) and value.dim() and value.shape != p.shape:
+                got = f"{type(optimizer).__name__} with '{key}' of shape {tuple(value.shape)} for {tuple(p.shape)}"
+                raise SwapError(expected("optimizer", wanted, got))
 
 
 def held(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:

@@ -112,7 +112,7 @@ class Multilevel:
                 )
             )
         self._able = [n for n in able if model.get_submodule(n).weight.requires_grad]
-        self.phase = "fine"
+        self.phase, self._stepping = "fine", False
         self.coarse_done = 0
         self.report: SwapReport | None = None
         self._dead: set[str] = set()
@@ -136,10 +136,16 @@ class Multilevel:
             closure: reevaluates the model and returns the loss.
             loss: that of this step, for schedules that look at it, if there is no closure.
         """
+        if self._stepping:  # where somebody put this method in the place of the optimizer's own
+            return type(self.optimizer).step(self.optimizer, closure)
         plateau = self.schedule if isinstance(self.schedule, PlateauCoarse) and self.phase == "coarse" else None
         if plateau and closure is None and loss is None:
             raise ValueError(expected("loss", "the loss of the step, or a closure, for PlateauCoarse", None))
-        result = self.optimizer.step(closure)
+        self._stepping = True
+        try:
+            result = self.optimizer.step(closure)
+        finally:
+            self._stepping = False
         if self.phase == "fine":
             self.fine_done += 1
             if self.fine_done >= self.fine_steps:

@@ -1,4 +1,4 @@
-"""Shared fixtures: every backend, every instruction set, a plain-torch twin of the training loop."""
+"""Shared fixtures: every backend, every instruction set, both dtypes, one or several threads."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import os
 
 import pytest
 import torch
-from helpers import BACKENDS, ENGINES, ISAS
 
 import sparsebreg as sb
 from sparsebreg.core import extension
+
+pytest.register_assert_rewrite("helpers", "plain", "swapping")
+
+from helpers import BACKENDS, ENGINES, ISAS  # noqa: E402  after the line above, so that its asserts tell what failed
 
 os.environ["SPARSEBREG_CACHE"] = ""  # what becomes sparse depends on no machine
 
@@ -40,7 +43,7 @@ def engine(request):
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    """Computes on one instruction set."""
+    """Computes on one instruction set wherever native is the backend."""
     before = extension.native().isa()
     extension.native().select_isa(request.param)
     yield request.param
@@ -61,6 +64,14 @@ def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
     torch.set_num_threads(before)
 
 

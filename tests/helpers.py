@@ -1,17 +1,18 @@
-"""What tests share: every way to compute, sparse weights, and how close results have to be."""
+"""What tests of several folders share: the ways to compute, and comparisons of results."""
 
 from __future__ import annotations
 
+import random
+
 import torch
 
+import sparsebreg as sb
 from sparsebreg import backends
 from sparsebreg.core import extension
+from sparsebreg.lanes import LaneTensor, from_plain
 
 BACKENDS = [name for name, cause in backends.available().items() if not cause]
-
-
 ISAS = extension.native().available_isas() if extension.native() else []
-
 
 #: Every way to compute: (backend, instruction set).
 ENGINES = [(b, isa) for b in BACKENDS for isa in (ISAS if b == "native" else [""])]
@@ -47,3 +48,57 @@ def assert_same(a, b):
         assert torch.equal(a, b)
     else:
         assert a == b
+
+
+def compare_products(x, weight, mask, bias, dense, sparse):
+    """Output and all gradients of sparse(x, values, bias) against dense(x, weight, bias)."""
+    pattern = sb.SparsePattern.from_mask(mask)
+    ours = [t.clone().requires_grad_() for t in (x, weight[mask], bias)]
+    theirs = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    y, expected = sparse(ours[0], pattern, ours[1], ours[2]), dense(*theirs)
+    close(y, expected)
+    grad = torch.randn_like(expected)
+    y.backward(grad)
+    expected.backward(grad)
+    close(ours[0].grad, theirs[0].grad)
+    close(ours[1].grad, theirs[1].grad[mask], scale=theirs[1].grad.abs().max().item() if mask.numel() else 1)
+    close(ours[2].grad, theirs[2].grad)
+
+
+def ordinary(x):
+    return x.detach().plain if isinstance(x, LaneTensor) else x.detach()
+
+
+def agree(f, *shape, dtype=torch.float64, packed=True, tol=1e-10):
+    """f of a lane tensor is f of the ordinary one, and so are the gradients; returns the former."""
+    x = torch.randn(shape, dtype=dtype)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, z = f(a), f(from_plain(b))
+    assert isinstance(z, LaneTensor) == packed
+    torch.testing.assert_close(ordinary(z), y.detach(), rtol=tol, atol=tol)
+    w = torch.randn_like(y)
+    y.backward(w)
+    z.backward(w)
+    torch.testing.assert_close(b.grad, a.grad, rtol=tol, atol=tol)
+    return z
+
+
+class Clock:
+    """Time that only a test moves."""
+
+    def __init__(self, seed=0):
+        self.now, self.slow, self.random = 0.0, 1.0, random.Random(seed)
+
+    def __call__(self):
+        self.now += 1e-9
+        return self.now
+
+    def spend(self, seconds):
+        """With noise of up to 5 %."""
+        self.now += seconds * self.random.uniform(0.95, 1.05)
+
+
+def lane(*shape):
+    """A random tensor, and the same on the lane layout."""
+    x = torch.randn(shape)
+    return x, from_plain(x)

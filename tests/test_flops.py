@@ -1,4 +1,4 @@
-"""FLOPs of a step, by hand and by torch's counter."""
+"""The FLOPs of a step and of a training run by hand, in the paper, and by torch's counter."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The networks of the papers."""
+"""The models: their shapes, and sizes that they refuse."""
 
 import pytest
 import torch

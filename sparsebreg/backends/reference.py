@@ -8,7 +8,6 @@ from torch.nn import functional as F
 from sparsebreg.backends.protocol import FORMATS, Geometry, Grads
 from sparsebreg.core.pattern import SparsePattern
 
-
 #: In the tensors' own dtype under autocast, too, as the kernels of the other backends.
 _exact = torch.autocast("cpu", enabled=False)
 

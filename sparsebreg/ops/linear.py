@@ -97,7 +97,7 @@ def sparse_linear(
     Differentiable, any number of times, in x, values and bias.
 
     Args:
-        x: (..., in_features), float32 or float64, on the CPU; under ``torch.autocast`` any floating dtype, which is cast.
+        x: (..., in_features), float32 or float64, on the CPU; under ``torch.autocast`` any floating dtype.
         pattern: of shape (out_features, in_features).
         values: (nnz,), dtype of x.
         bias: (out_features,), dtype of x.

@@ -34,7 +34,7 @@ def check_model(model: Any) -> None:
             where = f"'{name}' is a {type(module).__name__}" if name else f"a {type(module).__name__}"
             raise SwapError(expected("model", "a model that is not wrapped for data parallelism", where))
     if (wrapper := _wrapper_of(model)) is not None:
-        wanted = "a model that is wrapped after its swap (sparsify_(model), then model = DistributedDataParallel(model))"
+        wanted = "a model that is wrapped after its swap (sparsify_(model); model = DistributedDataParallel(model))"
         got = f"one that is inside of a {wrapper} already, which goes on reducing the old parameters"
         raise SwapError(expected("model", wanted, got))
 
@@ -45,9 +45,9 @@ def _wrapper_of(model: nn.Module) -> str | None:
         return None
     parts = set(map(id, model.modules()))
     for found in gc.get_objects():  # a wrapper is known to nobody else
-        if any(c is nn.parallel.DistributedDataParallel for c in type(found).__mro__):
-            if any(id(m) in parts for m in found.modules()):
-                return type(found).__name__
+        wraps = any(c is nn.parallel.DistributedDataParallel for c in type(found).__mro__)
+        if wraps and any(id(m) in parts for m in found.modules()):
+            return type(found).__name__
     return None
 
 

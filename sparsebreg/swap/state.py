@@ -15,7 +15,6 @@ from sparsebreg.core.errors import SwapError, expected
 from sparsebreg.core.pattern import SparsePattern
 from sparsebreg.optim.base import BregmanOptimizer
 
-
 #: Optimizers of torch whose state is no tensor of the weight's shape, or that need the weight as a matrix.
 _CANNOT_FOLLOW = {"Adafactor", "LBFGS", "Muon", "SparseAdam"}
 

@@ -1,16 +1,10 @@
-"""The chooser: precedence, errors, fallback, and what info says."""
-
-import os
-import subprocess
-import sys
+"""The chooser of a backend: precedence, errors, fallback."""
 
 import pytest
-import torch
-from helpers import BACKENDS, ISAS
+from helpers import BACKENDS
 
 import sparsebreg as sb
 from sparsebreg import backends
-from sparsebreg.core import extension
 from sparsebreg.core.errors import BackendError
 
 
@@ -63,50 +57,3 @@ def test_missing_backend_falls_back_only_automatically(monkeypatch):
     monkeypatch.setenv("SPARSEBREG_BACKEND", "native")
     with pytest.raises(BackendError, match="SPARSEBREG_BACKEND: backend 'native' cannot be used"):
         backends.current()
-
-
-def test_info():
-    info = sb.info()
-    assert info.backend == BACKENDS[0]
-    assert info.threads == torch.get_num_threads()
-    assert info.as_dict()["torch"] == torch.__version__
-    for part in (info.backend, info.isa, "threads", "OpenMP", torch.__version__):
-        assert part in str(info)
-
-
-def test_numba_leaves_torchs_threads_alone():
-    if "numba" not in BACKENDS:
-        pytest.fail("numba belongs to the test environment")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with sb.use_backend("numba"):
-            p = sb.SparsePattern.from_mask(torch.ones(3, 3, dtype=torch.bool))
-            sb.nn.functional.sparse_linear(torch.ones(2, 3), p, torch.ones(9))
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.skipif(not ISAS, reason="needs the extension")
-class TestIsa:
-    def test_serial_is_always_there(self):
-        assert ISAS[-1] == "serial"
-
-    def test_unknown(self):
-        with pytest.raises(ValueError, match="SPARSEBREG_ISA: expected one of .*serial on this CPU, got 'sse9'"):
-            extension.native().select_isa("sse9")
-
-    @pytest.mark.parametrize("isa", ISAS)
-    def test_environment(self, isa):
-        code = "import sparsebreg as sb; print(sb.info().isa)"
-        env = {**os.environ, "SPARSEBREG_ISA": isa, "SPARSEBREG_BACKEND": "native"}
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == isa
-
-    def test_unknown_in_environment_is_told(self):
-        code = "import sparsebreg as sb; print(sb.info())"
-        env = {**os.environ, "SPARSEBREG_ISA": "sse9"}
-        env.pop("SPARSEBREG_BACKEND", None)
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        assert "got 'sse9'" in done.stdout

@@ -16,18 +16,7 @@ from sparsebreg.ops import sparse_linear
 if (C := extension.native()) is None:
     pytest.skip("needs the native extension", allow_module_level=True)
 
-
-@pytest.fixture(autouse=True)
-def _native(on_native):
-    pass
-
-
-@pytest.fixture(params=C.available_isas())
-def isa(request):
-    before = C.isa()
-    C.select_isa(request.param)
-    yield request.param
-    C.select_isa(before)
+pytestmark = pytest.mark.usefixtures("on_native")
 
 
 def make(dtype=torch.float32):

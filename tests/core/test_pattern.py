@@ -269,3 +269,25 @@ def test_what_is_empty(shape, native, monkeypatch):
     pattern = sb.SparsePattern.from_mask(mask)
     assert pattern.empty_rows == int((~mask.flatten(1).any(1)).sum()) > 0
     assert pattern.empty_channels == int((~mask.transpose(0, 1).flatten(1).any(1)).sum()) > 0
+
+
+def test_differences_that_wrap_around_are_no_valid_index():
+    rowptr = torch.tensor([0, 2**31 - 1, -(2**31), -1, 2], dtype=torch.int32)
+    with pytest.raises(ValueError, match="rowptr: expected values that never fall"):
+        SparsePattern((4, 4), rowptr, torch.tensor([0, 1], dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"shape": None}, TypeError, "shape: expected a list of integers, got None"),
+        ({"shape": [2.5, 3]}, TypeError, "shape: expected a list of integers"),
+        ({"col": [0]}, TypeError, "col: expected an int32 tensor"),
+    ],
+)
+def test_states_that_are_none(change, error, message):
+    state = SparsePattern.from_mask(MASKS["some"]).state_dict()
+    with pytest.raises(error, match=message):
+        SparsePattern.from_state_dict({**state, **change})
+    with pytest.raises(ValueError, match=r"a dictionary with shape, rowptr and col, got \['rowptr', 'shape'\]"):
+        SparsePattern.from_state_dict({k: v for k, v in state.items() if k != "col"})

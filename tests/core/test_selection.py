@@ -1,4 +1,4 @@
-"""Counting nonzero weights, and choosing the largest ones."""
+"""Counting nonzeros and choosing the largest entries."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
-"""Batch norms that wait, and what takes them over."""
+"""Norms that wait for a ReLU, a residual or a convolution against those that are computed at once."""
 
 import pytest
 import torch
-from lanetests import CONVOLVED, FUSED, agree, ordinary
+from helpers import agree, ordinary
 from torch import nn
 from torch.nn import functional as F
 
@@ -10,6 +10,35 @@ import sparsebreg as sb
 from sparsebreg import lanes
 from sparsebreg.lanes import LaneTensor
 from sparsebreg.ops import Geometry, sparse_conv2d
+
+pytestmark = pytest.mark.usefixtures("on_native")
+
+FUSED = {
+    "relu": lambda n, x: F.relu(n[0](x)),
+    "relu_inplace": lambda n, x: F.relu(n[0](x), inplace=True),
+    "residual": lambda n, x: F.relu(n[0](x) + x),
+    "residual_first": lambda n, x: F.relu(x + n[0](x)),
+    "residual_inplace": lambda n, x: F.relu(n[0](x).add_(x), inplace=True),
+    "two_norms": lambda n, x: F.relu(n[0](x) + n[1](x)),
+    "two_norms_read": lambda n, x: (lambda y, z: F.relu(y + z) * y - z)(n[0](x), n[1](x * 2)),
+    "two_norms_written": lambda n, x: (lambda y, s: (y.mul_(3), F.relu(s), F.relu_(y))[1] + y)(
+        *(lambda y: (y, n[1](x * 2) + y))(n[0](x))
+    ),
+    "relu_of_a_norm_added": lambda n, x: F.relu(n[0](x) + F.relu(n[1](x))),
+    "chain": lambda n, x: F.relu(n[1](F.relu(n[0](x)) * 2) + x),
+    "chain_inplace": lambda n, x: F.relu(n[1](F.relu(n[0](x), inplace=True) * 2).add_(x), inplace=True),
+    "relu_twice": lambda n, x: F.relu(F.relu(n[0](x)) - 0.1),
+    "norm_read_twice": lambda n, x: (lambda y: F.relu(y) * y + y)(n[0](x)),
+    "sum_read_twice": lambda n, x: (lambda y: F.relu(y + x) * F.relu(y - x))(n[0](x)),
+    "input_written_later": lambda n, x: (lambda t: (F.relu(n[0](t)), t.mul_(2))[0] + t)(x * 1),
+    "input_viewed_and_written_later": lambda n, x: (lambda t: (F.relu(n[0](t)), t[:, :2].mul_(2))[0] + t)(x * 1),
+    "input_viewed_and_written_to_later": lambda n, x: (
+        lambda t: (lambda view: (n[0](t), view.mul_(2))[0] + t)(t[:, :2])
+    )(x * 1),
+    "result_viewed": lambda n, x: (lambda t: (t[:, :2].mul_(2), t)[1])(F.relu(n[0](x)) * 1),
+    "other_threshold": lambda n, x: F.threshold(n[0](x), 0.1, 0.0),
+    "no_weight_gradient": lambda n, x: F.relu(n[0].requires_grad_(False)(x) + x),
+}
 
 
 @pytest.mark.usefixtures("isa")
@@ -36,6 +65,32 @@ def test_norm_relu_and_residual(name, n, training):
         assert (p.grad is None) == (q.grad is None)
         if p.grad is not None:
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-9)
+
+
+# n: a norm; c: a convolution, sparse and on the lane layout, or dense. What a norm gives to a convolution alone is
+# never computed for itself, and gradients that meet are added by the norm before.
+CONVOLVED = {
+    "norm": lambda n, c, x: c(n(x)),
+    "relu": lambda n, c, x: c(F.relu(n(x))),
+    "relu_inplace": lambda n, c, x: c(F.relu(n(x), inplace=True)),
+    "twice": lambda n, c, x: (lambda y: c(y) - c(2 * c(y)))(F.relu(n(x))),
+    "and_read": lambda n, c, x: (lambda y: c(y) + y.exp())(F.relu(n(x))),
+    "residual": lambda n, c, x: (lambda y: c(y) + y)(F.relu(n(c(x)) + x)),
+    "three_gradients": lambda n, c, x: (lambda y: c(y) + c(-y) * c(y + 1))(F.relu(n(c(x)) + x)),
+    "three_gradients_of_a_relu": lambda n, c, x: (lambda y: c(y) + c(-y) * c(y + 1))(F.relu(n(x))),
+    "sum": lambda n, c, x: c(n(x) + x),
+    "other_rows": lambda n, c, x: c(F.relu(n(x.view(-1, 6, 10, 3))).view(-1, 6, 5, 6)),
+    "more_channels": lambda n, c, x: c(F.relu(n(torch.cat([x, x], 1).view(-1, 6, 10, 6))).view(-1, 12, 5, 6)),
+    "as_channels": lambda n, c, x: c(F.relu(n(x).view(-1, 12, 5, 3)).view(-1, 6, 5, 6)),
+    # A norm behind a convolution finds its statistics ready, and leaves its gradient to the convolution.
+    "behind": lambda n, c, x: F.relu(n(c(x))),
+    "behind_twice": lambda n, c, x: (lambda y: n(y) * F.relu(n(y)))(c(x)),
+    "behind_and_read": lambda n, c, x: (lambda y: n(y) + y.exp())(c(x)),
+    "behind_a_view": lambda n, c, x: n(c(x).view(-1, 6, 10, 3)).view(-1, 6, 5, 6),
+    "behind_a_write": lambda n, c, x: n(c(x).mul_(2)),
+    "behind_a_hidden_write": lambda n, c, x: (lambda y: (y.data.add_(3), F.relu(n(y)))[1])(c(x)),
+    "input_written_later": lambda n, c, x: (lambda t: (lambda y: (t.mul_(2), c(y))[1] + t)(F.relu(n(t))))(x * 1),
+}  # fmt: skip
 
 
 @pytest.mark.usefixtures("isa")

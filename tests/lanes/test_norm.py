@@ -1,14 +1,17 @@
-"""Batch norm on lane tensors."""
+"""Batch norms of lane tensors: results, gradients and running statistics against those of ordinary tensors."""
 
 import copy
 
 import pytest
 import torch
-from lanetests import agree, ordinary
+from helpers import agree, ordinary
 from torch import nn
+from torch.nn import functional as F
 
 from sparsebreg import lanes
 from sparsebreg.lanes import LaneTensor
+
+pytestmark = pytest.mark.usefixtures("on_native")
 
 NORMS = {
     "batch": lambda: nn.BatchNorm2d(5),
@@ -52,3 +55,14 @@ def test_running_statistics_do_not_see_the_padding(dtype):
         torch.testing.assert_close(ordinary(b(lanes.from_plain(x) + 7)), a(x + 7).detach(), rtol=1e-4, atol=1e-4)
         for name, value in a.state_dict().items():
             torch.testing.assert_close(b.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("isa")
+def test_gradcheck():
+    norm = nn.BatchNorm2d(2).double()
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+
+    def f(x):
+        return F.max_pool2d(F.silu(norm(lanes.from_plain(x))), 2).mean((2, 3))
+
+    assert torch.autograd.gradcheck(f, x)

@@ -1,9 +1,13 @@
-"""Element-wise operations on lane tensors."""
+"""Pointwise operations on lane tensors against the same ones on ordinary tensors."""
 
 import pytest
 import torch
-from lanetests import agree
+from helpers import agree, lane, ordinary
 from torch.nn import functional as F
+
+from sparsebreg import lanes
+
+pytestmark = pytest.mark.usefixtures("on_native")
 
 POINTWISE = {
     "relu": F.relu,
@@ -29,10 +33,6 @@ POINTWISE = {
     "ordinary_mask": lambda x: x * (torch.arange(x.numel()).view(x.shape) % 3 == 0),
     "where": lambda x: torch.where(x > 0, x, x * 0.1),
     "clamp": lambda x: x.clamp(-0.5, 0.5),
-    "cat": lambda x: torch.cat([x, x * 2], 1),
-    "clone": lambda x: x.clone(),
-    "flatten": lambda x: x.flatten(1),
-    "reshape": lambda x: x.reshape(x.shape[0], -1),
 }
 
 
@@ -40,3 +40,13 @@ POINTWISE = {
 @pytest.mark.parametrize("name", POINTWISE)
 def test_pointwise(name, n, dtype):
     agree(POINTWISE[name], n, 5, 3, 4, dtype=dtype, tol=1e-10 if dtype == torch.float64 else 1e-5)
+
+
+def test_mixed_batches_and_shapes():
+    x, t = lane(20, 4, 3, 3)
+    one, row = torch.randn(1, 4, 3, 3), torch.randn(20, 1, 1, 1)
+    torch.testing.assert_close(ordinary(t * one), x * one)
+    torch.testing.assert_close(ordinary(t * row), x * row)
+    torch.testing.assert_close(ordinary(t + lanes.from_plain(one)), x + one)
+    with pytest.raises(RuntimeError, match="size"):
+        t + torch.randn(20, 4, 3, 2)

@@ -1,11 +1,13 @@
-"""Pooling and resampling of lane tensors."""
+"""Pooling and interpolation of lane tensors against the same on ordinary tensors."""
 
 import pytest
 import torch
-from lanetests import agree, ordinary
+from helpers import agree, ordinary
 from torch.nn import functional as F
 
 from sparsebreg import lanes
+
+pytestmark = pytest.mark.usefixtures("on_native")
 
 PLANEWISE = {
     "max": lambda x: F.max_pool2d(x, 2),

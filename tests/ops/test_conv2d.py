@@ -1,110 +1,138 @@
-"""Full gradients of convolutions in every layout."""
-
-import copy
+"""The sparse convolution: output and gradients on every backend and instruction set against plain torch."""
 
 import pytest
 import torch
-from lanetests import FORMATS, ordinary
+from helpers import close, compare_products, sparse_weight
 from torch import nn
+from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 import sparsebreg as sb
-from sparsebreg import lanes
-from sparsebreg.lanes import LaneTensor
 from sparsebreg.ops import Geometry, sparse_conv2d
 
-pytestmark = pytest.mark.usefixtures("on_native")
+# name: (N, IC, H, W, OC, kernel, stride, padding, dilation, groups, density)
+CONV = {
+    "3x3": (5, 3, 7, 9, 4, (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.3),
+    "3x3_wide": (3, 4, 6, 40, 5, (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.3),
+    "3x3_stride_2": (19, 8, 8, 8, 16, (3, 3), (2, 2), (1, 1), (1, 1), 1, 0.2),
+    "3x3_stride_2_odd": (4, 3, 9, 11, 5, (3, 3), (2, 2), (1, 1), (1, 1), 1, 0.4),
+    "1x1": (17, 6, 5, 6, 10, (1, 1), (1, 1), (0, 0), (1, 1), 1, 0.4),
+    "1x1_stride_2": (17, 6, 7, 8, 10, (1, 1), (2, 2), (0, 0), (1, 1), 1, 0.4),
+    "5x5_valid": (4, 2, 12, 12, 6, (5, 5), (1, 1), (0, 0), (1, 1), 1, 0.2),
+    "7x7_stride_2": (2, 3, 17, 17, 8, (7, 7), (2, 2), (3, 3), (1, 1), 1, 0.2),
+    "rectangular": (16, 4, 11, 6, 6, (5, 3), (2, 1), (2, 0), (1, 2), 2, 0.5),
+    "dilated": (3, 4, 9, 9, 6, (3, 3), (1, 1), (2, 2), (2, 2), 1, 0.5),
+    "dilated_and_strided": (3, 4, 13, 12, 6, (3, 3), (2, 3), (2, 1), (3, 2), 1, 0.5),
+    "groups": (3, 6, 9, 9, 6, (3, 3), (1, 1), (1, 1), (1, 1), 3, 0.5),
+    "depthwise": (5, 8, 6, 6, 8, (3, 3), (1, 1), (1, 1), (1, 1), 8, 0.5),
+    "depthwise_multiplier": (5, 4, 6, 6, 12, (3, 3), (2, 2), (1, 1), (1, 1), 4, 0.5),
+    "stride_beyond_kernel": (16, 4, 8, 8, 4, (2, 2), (3, 3), (0, 0), (1, 1), 1, 0.5),
+    "padding_beyond_kernel": (2, 3, 4, 4, 4, (2, 2), (1, 1), (3, 3), (1, 1), 1, 0.5),
+    "padding_beyond_kernel_strided": (2, 2, 6, 40, 3, (3, 5), (1, 3), (4, 5), (2, 1), 1, 0.9),
+    "tiny_image": (33, 16, 4, 4, 40, (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.3),
+    "image_of_one": (3, 4, 1, 1, 5, (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.5),
+    "many_channels": (2, 70, 5, 5, 40, (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.2),
+    "one_long_row": (2, 4, 3, 300, 3, (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.5),
+    "no_nonzeros": (2, 3, 5, 5, 4, (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.0),
+    "full": (2, 3, 5, 5, 4, (3, 3), (1, 1), (1, 1), (1, 1), 1, 1.0),
+    "empty_batch": (0, 3, 5, 5, 4, (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.5),
+    "batch_of_100": (100, 3, 6, 6, 4, (3, 3), (1, 1), (1, 1), (1, 1), 1, 0.5),
+}
 
 
-@pytest.mark.parametrize("n", [16, 21])
+@pytest.mark.parametrize("name", CONV)
+@pytest.mark.parametrize("formats", [(0, 0), (1, 1), (0, 1), (1, 0)], ids=["plain", "last", "x_plain", "y_plain"])
+def test_conv2d_memory_formats(name, formats, engine):
+    """x, and grad_y, in either memory format: the same numbers in the format that torch would return."""
+    n, ic, h, w, oc, kernel, stride, padding, dilation, groups, density = CONV[name]
+    weight, mask = sparse_weight((oc, ic // groups, *kernel), density)
+    pattern, geometry = sb.SparsePattern.from_mask(mask), Geometry(stride, padding, dilation, groups)
+    kinds = [torch.channels_last if f else torch.contiguous_format for f in formats]
+    x = torch.randn(n, ic, h, w, dtype=torch.float64).contiguous(memory_format=kinds[0]).requires_grad_()
+    values, bias = weight[mask].requires_grad_(), torch.randn(oc, dtype=torch.float64)
+    y = sparse_conv2d(x, pattern, values, bias, geometry, channels_last=formats[1] == 1)
+    if formats[1] or not x.is_contiguous():
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    else:
+        assert y.is_contiguous()
+    grad = torch.randn_like(y).contiguous(memory_format=kinds[1])
+    y.backward(grad)
+    twin, dense = x.detach().clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = F.conv2d(twin, dense, bias, *geometry)
+    expected.backward(grad)
+    close(y.detach(), expected.detach())
+    close(x.grad, twin.grad)
+    close(values.grad, dense.grad[mask], scale=1 + dense.grad.abs().max().item() if mask.numel() else 1)
+
+
+@pytest.mark.parametrize("name", CONV)
+def test_conv2d(name, engine, dtype, threads):
+    n, ic, h, w, oc, kernel, stride, padding, dilation, groups, density = CONV[name]
+    weight, mask = sparse_weight((oc, ic // groups, *kernel), density, dtype)
+    geometry = Geometry(stride, padding, dilation, groups)
+    compare_products(
+        torch.randn(n, ic, h, w, dtype=dtype),
+        weight,
+        mask,
+        torch.randn(oc, dtype=dtype),
+        lambda x, w, b: F.conv2d(x, w, b, *geometry),
+        lambda x, p, v, b: sparse_conv2d(x, p, v, b, geometry),
+    )
+
+
 @pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "groups"),
-    [(1, 1, 0, 1), (1, 2, 0, 1), (1, 2, 1, 1), (1, 2, 0, 2), (3, 1, 1, 1), (3, 2, 0, 2)],
-)
-def test_full_gradient_of_a_weight(kernel, stride, padding, groups, n):
-    geometry = Geometry((stride, stride), (padding, padding), (1, 1), groups)
-    weight = torch.randn(16, 8 // groups, kernel, kernel)
-    weight = (weight * (torch.rand_like(weight) < 0.3)).requires_grad_()
-    pattern = sb.SparsePattern.from_nonzeros(weight)
-    x = torch.randn(n, 8, 64, 64)
-    y = F.conv2d(x, weight, None, *geometry)
-    w = torch.randn_like(y)
-    (want,) = torch.autograd.grad(y, weight, w)
-    z = sparse_conv2d(lanes.from_plain(x), pattern, pattern.gather(weight), geometry=geometry, weight=weight)
-    (got,) = torch.autograd.grad(z, weight, lanes.from_plain(w))
-    assert got.stride() == want.stride()
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-2)
+    "name",
+    ["3x3", "3x3_stride_2_odd", "1x1_stride_2", "rectangular", "dilated", "dilated_and_strided", "groups", "depthwise",
+     "stride_beyond_kernel", "padding_beyond_kernel", "image_of_one"],
+)  # fmt: skip
+def test_conv2d_gradcheck(name, backend):
+    _, ic, h, w, oc, kernel, stride, padding, dilation, groups, density = CONV[name]
+    weight, mask = sparse_weight((oc, ic // groups, *kernel), density)
+    pattern = sb.SparsePattern.from_mask(mask)
+    geometry = Geometry(stride, padding, dilation, groups)
+    inputs = [
+        t.requires_grad_() for t in (torch.randn(2, ic, h, w, dtype=torch.float64), weight[mask], weight.new_ones(oc))
+    ]
+    assert gradcheck(lambda x, v, b: sparse_conv2d(x, pattern, v, b, geometry), inputs)
 
 
-@pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("needs_x", [True, False])
-@pytest.mark.parametrize("n", [7, 16, 37])
-@pytest.mark.parametrize("of_grad", FORMATS)
-@pytest.mark.parametrize("of_x", FORMATS)
-def test_full_gradients_in_every_layout(of_x, of_grad, n, needs_x):
-    weight = torch.randn(9, 5, 3, 2, dtype=torch.float64)
-    weight = (weight * (torch.rand_like(weight) < 0.3)).requires_grad_()
-    bias = torch.randn(9, dtype=torch.float64, requires_grad=True)
-    pattern, geometry = sb.SparsePattern.from_nonzeros(weight), Geometry((1, 2), (1, 0))
-    x = torch.randn(n, 5, 6, 11, dtype=torch.float64)
-    w = torch.randn(n, 9, 6, 5, dtype=torch.float64)
-    grads = []
-    for sparse in (False, True):
-        a = x.clone().requires_grad_(needs_x)
-        if sparse:
-            values, last = pattern.gather(weight.detach()), of_x == "channels_last"
-            y = sparse_conv2d(FORMATS[of_x](a), pattern, values, bias, geometry, last, of_grad == "lanes", weight)
-        else:
-            y = F.conv2d(a, weight, bias, *geometry)
-        grad = FORMATS[of_grad](w) if sparse and (isinstance(y, LaneTensor) or of_grad != "lanes") else w
-        grads.append(torch.autograd.grad(y, [weight, bias, a] if needs_x else [weight, bias], grad))
-    torch.testing.assert_close([ordinary(g) for g in grads[1]], list(grads[0]), rtol=1e-10, atol=1e-10)
+class TestBadInput:
+    conv = sb.SparsePattern.from_mask(torch.ones(6, 4, 3, 3, dtype=torch.bool))
+
+    @pytest.mark.parametrize(
+        ("x", "message"),
+        [
+            (torch.ones(2, 5, 8, 8), r"x: expected shape \(N, 4, H, W\), got \(2, 5, 8, 8\)"),
+            (torch.ones(4, 8), "x: expected shape"),
+            (torch.ones(2, 4, 2, 8), r"x: expected an image that the kernel \(3, 3\) fits into"),
+        ],
+    )
+    def test_conv_x(self, x, message):
+        with pytest.raises(ValueError, match=message):
+            sparse_conv2d(x, self.conv, torch.ones(self.conv.nnz))
 
 
-@pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("n", [16, 21])
-@pytest.mark.parametrize("density", [0.3, 0.8])
-def test_values_of_a_dense_pattern(density, n, monkeypatch):
-    """Without grad_x they are part of a full gradient, which takes the norm behind the convolution along."""
-    dense = nn.Sequential(nn.Conv2d(3, 20, 3, 2, 1), nn.BatchNorm2d(20), nn.ReLU(), nn.Conv2d(20, 4, 3)).double()
-    sb.sparse_init_(dense, density)
-    sparse = copy.deepcopy(dense)
-    sb.sparsify_(sparse, sb.SparsifyConfig(decide="always"))
-    full, kind = [], type(sb.backends.current())
-    product = kind.conv2d_weight_grad
-    monkeypatch.setattr(kind, "conv2d_weight_grad", lambda self, *a: (full.append(a[2]), product(self, *a))[1])
-    x = torch.randn(n, 3, 9, 9, dtype=torch.float64)
-    for model in (dense, sparse):
-        model(x).square().sum().backward()
-    assert full == ([(20, 3, 3, 3)] if density > 0.5 else [])
-    for a, b in zip(dense, sparse, strict=True):
-        if isinstance(b, sb.nn.SparseConv2d):
-            torch.testing.assert_close(b.values.grad, b.pattern.gather(a.weight.grad), rtol=1e-9, atol=1e-9)
-        for p, q in zip(a.parameters(), b.parameters(), strict=True):
-            if p.dim() == 1:
-                torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize(("kernel", "stride", "size"), [(16, 16, 64), (7, 11, 40), (1, 9, 30)])
+def test_large_strides(kernel, stride, size, backend):
+    """As of the patches of a vision transformer."""
+    weight, mask = sparse_weight((24, 3, kernel, kernel), 0.2)
+    pattern, values = sb.SparsePattern.from_mask(mask), weight[mask].requires_grad_()
+    x = torch.randn(2, 3, size, size, dtype=torch.float64, requires_grad=True)
+    geometry = Geometry((stride, stride))
+    w = weight.clone().requires_grad_()
+    y, wanted = sparse_conv2d(x, pattern, values, None, geometry), F.conv2d(x, w, None, stride)
+    close(y, wanted)
+    g = torch.randn_like(wanted)
+    grads, dense = torch.autograd.grad(y, (x, values), g), torch.autograd.grad(wanted, (x, w), g)
+    close(grads[0], dense[0])
+    close(grads[1], dense[1][mask])
 
 
-@pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize(
-    ("sizes", "stride", "groups", "density"),
-    [((64, 64, 3), 1, 1, 0.2), ((48, 64, 3), 2, 1, 0.3), ((64, 64, 1), 1, 1, 0.5), ((64, 96, 5), 1, 2, 0.1)],
-    ids=["chunks", "strided", "pointwise", "groups"],
-)
-def test_large_convolutions(sizes, stride, groups, density):
-    """Large enough for several chunks a sum, several bands an image, and results that are written past the caches."""
-    i, o, k = sizes
-    dense = nn.Conv2d(i, o, k, stride, k // 2, groups=groups)
-    dense.weight.data.mul_(torch.rand_like(dense.weight) < density)
-    sparse = sb.nn.SparseConv2d.from_dense(dense)
-    x = torch.randn(40, i, 32, 32)
-    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, z = dense(a), sparse(lanes.from_plain(b))
-    torch.testing.assert_close(ordinary(z), y.detach(), rtol=1e-4, atol=1e-4)
-    w = torch.randn_like(y)
-    y.backward(w)
-    z.backward(lanes.from_plain(w))
-    torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-4)
-    want = sparse.pattern.gather(dense.weight.grad)
-    torch.testing.assert_close(sparse.values.grad, want, rtol=1e-3, atol=1e-2)
-    torch.testing.assert_close(sparse.bias.grad, dense.bias.grad, rtol=1e-3, atol=1e-2)
+def test_the_patches_of_a_vision_transformer():
+    layer = nn.Conv2d(3, 768, 16, 16)
+    with torch.no_grad():
+        layer.weight *= torch.rand_like(layer.weight) < 0.05
+        x = torch.randn(16, 3, 224, 224)
+        wanted = layer(x)
+        sb.sparsify_(layer, sb.SparsifyConfig(decide="always"))
+        torch.testing.assert_close(layer(x) + 0, wanted, rtol=1e-4, atol=1e-4)

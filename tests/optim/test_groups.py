@@ -1,4 +1,4 @@
-"""Parameter groups: which weights are regularised."""
+"""Groups of parameters, and their regularizers."""
 
 import pytest
 from torch import nn

@@ -1,4 +1,4 @@
-"""LinBreg against its formula, and its limits."""
+"""LinBreg: the formula, its limits, its options, its checkpoints."""
 
 import copy
 import io

@@ -36,7 +36,7 @@ def _layout(t: torch.Tensor) -> Layout:
 
 
 def _memory(t: torch.Tensor | None, layout: Layout = Layout.PLAIN):
-    """t as the extension takes it; None stays None."""
+    """Converts a tensor to the argument type of the extension; None stays None."""
     if t is None or (type(t) in _ORDINARY and layout is Layout.PLAIN and extension.TENSORS and not t.is_neg()):
         return t
     t = resolve(t)
@@ -50,7 +50,7 @@ def _memory(t: torch.Tensor | None, layout: Layout = Layout.PLAIN):
 
 
 def _source(x: torch.Tensor | None, layout: Layout):
-    """The memory of a convolution's input, and a batch norm of it that was not computed yet.
+    """The input of a convolution as the extension's argument, and the pending batch norm in front of it, or None.
 
     The convolution applies it to what it copies anyway, so that the norm's result need not exist at all.
     """
@@ -62,13 +62,13 @@ def _source(x: torch.Tensor | None, layout: Layout):
 
 
 def _gradient(grad: torch.Tensor, layout: Layout):
-    """The memory of the gradient of a convolution's output, and the batch norm that it is still to go through."""
+    """The output gradient as the extension's argument, and the pending batch norm that follows the output, or None."""
     waiting = fusion.waiting_norm_grad(grad)
     return (_memory(grad, layout), None) if waiting is None else waiting
 
 
 def _result(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout):
-    """A tensor to be written, and its memory."""
+    """An uninitialised result tensor, and the same memory as the extension's argument."""
     if layout is Layout.LANES:
         n, *rest = shape
         array = memory.empty_array((lanes.blocks(n), *rest, LANES), dtype)
@@ -78,20 +78,20 @@ def _result(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout):
 
 
 def _gradients(pattern, dtype: torch.dtype, needs):
-    """Memory for grad_values and grad_bias."""
+    """Uninitialised arrays for grad_values and grad_bias; None for those that are not needed."""
     grad_values = memory.empty_array((pattern.nnz,), dtype) if needs[1] else None
     grad_bias = memory.empty_array((pattern.rows,), dtype) if needs[2] else None
     return grad_values, grad_bias
 
 
 def _tensor(made) -> torch.Tensor | None:
-    """What the extension made, where it may be an array; None stays None."""
+    """A result of the extension as a tensor; None stays None."""
     return torch.from_numpy(made) if isinstance(made, np.ndarray) else made
 
 
 @functools.lru_cache(maxsize=1024)
 def _geometry(weight: tuple[int, ...], geometry: Geometry, x_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Numbers of a convolution, as the extension takes them; ``x_shape`` without the batch."""
+    """The sizes of a convolution in the extension's order; ``x_shape`` without the batch."""
     pairs = geometry.stride, geometry.padding, geometry.dilation
     return *x_shape, weight[0], *weight[2:], *(n for pair in pairs for n in pair), geometry.groups
 
@@ -193,7 +193,7 @@ class NativeBackend:
 
 
 def load() -> NativeBackend:
-    """Raises BackendError where the extension was not built or does not load."""
+    """The native backend. Raises BackendError if the extension was not built or does not load."""
     if (native := extension.native()) is None:
         raise BackendError(extension.CAUSE)
     return NativeBackend(native)

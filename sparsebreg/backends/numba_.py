@@ -199,7 +199,7 @@ def _array(x: torch.Tensor) -> np.ndarray:
 
 
 def _flat(x: np.ndarray, first: int) -> np.ndarray:
-    """The sizes from ``first`` on in one."""
+    """Merges the dimensions from ``first`` on into one."""
     return x.reshape(*x.shape[:first], math.prod(x.shape[first:]))
 
 
@@ -212,7 +212,7 @@ class NumbaBackend:
         self._kept = threading.local()
 
     def _use_threads(self) -> None:
-        """As many as torch uses, at the beginning of a pass."""
+        """Sets Numba's thread count to torch's, at the beginning of a pass."""
         # Starting Numba's pool may change the thread count of the OpenMP runtime that torch uses: put it back.
         wanted = torch.get_num_threads()
         self.numba.set_num_threads(max(1, min(wanted, self.numba.config.NUMBA_NUM_THREADS)))
@@ -220,7 +220,7 @@ class NumbaBackend:
             torch.set_num_threads(wanted)
 
     def _scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
-        """Working memory that is kept: new pages would take longer than what is done with them."""
+        """Working memory that is reused between calls: page faults on new memory would cost more than the work."""
         size = math.prod(shape)
         kept = self._kept.__dict__.get((name, dtype))
         if kept is None or len(kept) < size:
@@ -413,7 +413,7 @@ class NumbaBackend:
 
 
 def load() -> NumbaBackend:
-    """Raises BackendError where Numba is not installed or does not import."""
+    """The Numba backend. Raises BackendError if Numba is not installed or does not import."""
     try:
         return NumbaBackend()
     except ImportError as error:

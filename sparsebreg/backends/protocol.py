@@ -1,4 +1,4 @@
-"""What a backend does. Shapes, dtypes and devices are checked by the callers in ``functional``."""
+"""The interface of a backend. Its callers in ``ops`` check shapes, dtypes and devices."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class PendingGrad(torch.Tensor):
 
     @classmethod
     def of(cls, factors: Any, shape: tuple[int, int], dtype: torch.dtype) -> PendingGrad:
-        """The product of the extension's ``Gradient``."""
+        """A pending gradient over the factors in an extension's ``Gradient``."""
         return cls._of_cell(_Cell(factors), shape, dtype)
 
     @classmethod
@@ -59,7 +59,7 @@ class PendingGrad(torch.Tensor):
 
     @property
     def factors(self) -> Any:
-        """As the extension takes them; None once the gradient was computed, for then it may have been written to."""
+        """The factors for the extension; None once the product is computed, since it may have been written to."""
         return self._cell.factors
 
     @property

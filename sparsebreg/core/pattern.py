@@ -178,7 +178,7 @@ class SparsePattern:
 
     @classmethod
     def _adopt(cls, shape: tuple[int, ...], index: Any) -> SparsePattern:
-        """Of an index that the extension made: valid by construction."""
+        """A pattern over an index that the extension made, which is valid by construction."""
         pattern = object.__new__(cls)
         put = object.__setattr__
         for name, array in zip(("rowptr", "col"), index.arrays(), strict=True):
@@ -212,7 +212,7 @@ class SparsePattern:
         return int((self.rowptr.diff() == 0).sum()), channels - full
 
     def cached(self, key: Any, make: Any) -> Any:
-        """What ``make()`` returned for this key; backends keep what they derive from the pattern here."""
+        """A per-pattern cache: ``make()`` is called once per key. Backends keep derived data here."""
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]

@@ -48,14 +48,14 @@ class Cell:
         return plain
 
     def get_writable(self) -> torch.Tensor:
-        """The packed storage, to be written to."""
+        """The packed storage for writing; drops everything derived from it."""
         packed = self.get_packed()
         self._settle()
         self.plain = None
         return packed
 
     def _settle(self) -> None:
-        """Before the storage is written to: who meant to read it later reads it now."""
+        """Lets pending readers compute their results before the storage is written to."""
         self.moments = self.sums = None
         for reader in list(self.readers or ()):
             reader.settle()
@@ -91,7 +91,7 @@ class Deferred(Cell):
         return super().get_packed()
 
     def finish(self, packed: torch.Tensor) -> None:
-        """Takes the result, from whoever computed it."""
+        """Sets the result, which another operation may have computed on its way."""
         self.packed, self.sources = packed, ()
 
     def settle(self) -> None:

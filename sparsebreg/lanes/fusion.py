@@ -49,7 +49,7 @@ class Normed(Deferred):
         return super().get_writable()
 
     def gate(self, x: Cell) -> Any:
-        """What tells the gradient of x where the ReLU lets it pass; reading it off x saves reading the result."""
+        """How kernels know where the ReLU passes a gradient: by (scale, shift) of x itself, else by the result."""
         if not self.summed and self.input is not None and self.input() is x and not x.exposed:
             return self.scale.numpy(), self.shift.numpy()
         return self.get_packed().numpy()
@@ -107,7 +107,7 @@ class ReluGrad(Deferred):
 
 
 class NormGrad(Deferred):
-    """What a batch norm makes of the gradient of its result: scale * gradient + slope * (x - mean) + shift.
+    """The input gradient of a batch norm: scale * gradient + slope * (x - mean) + shift.
 
     ``sources`` are the gradient and x. Where the ReLU behind the norm lets the gradient pass: see ``Normed.gate``.
     """
@@ -131,7 +131,7 @@ class NormGrad(Deferred):
 
 
 def make_moments(x: LaneTensor) -> tuple[Any, Any]:
-    """Room for the moments of x, for a kernel to fill."""
+    """Uninitialised arrays for the mean and variance of x's channels, which a kernel fills."""
     x._cell.moments = torch.empty(x.shape[1], dtype=x.dtype), torch.empty(x.shape[1], dtype=x.dtype)
     return tuple(t.numpy() for t in x._cell.moments)
 

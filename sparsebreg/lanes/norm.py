@@ -104,7 +104,7 @@ def _batch_norm(func, args, kwargs):
 
 
 def _source(x: LaneTensor, packed: torch.Tensor) -> Cell:
-    """The cell of x, to be read later; ``packed`` is its storage now."""
+    """A cell that holds the present numbers of x for later reading; ``packed`` is its storage."""
     # An exposed x may be written to unseen, and what was packed of it is not kept: a cell that does.
     return Cell(packed, x.shape[0]) if x._cell.exposed else x._cell
 

@@ -84,7 +84,7 @@ def _max_pool(func, args, kwargs):
 
 
 class _Indices(Cell):
-    """Positions in the image plane, as torch gives them, made from the winners' codes when somebody looks."""
+    """The indices of max pooling as torch defines them, computed from the kernel's byte codes on first use."""
 
     __slots__ = ("codes", "geometry")
 

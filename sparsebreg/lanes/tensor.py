@@ -88,7 +88,7 @@ class LaneTensor(torch.Tensor):
 
 
 def hand_on(unpacked: Counter[str] | None, result: Any) -> Any:
-    """``result``, whose lane tensors count in ``unpacked`` unless they count elsewhere already."""
+    """Makes the lane tensors in ``result`` count their unpackings in ``unpacked``, unless they have a counter."""
     for r in result if isinstance(result, tuple) else (result,):
         if isinstance(r, LaneTensor) and r._cell.unpacked is None:
             r._cell.unpacked = unpacked

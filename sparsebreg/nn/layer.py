@@ -38,11 +38,11 @@ class Fine:
         return int(self.max_density * weight.numel())
 
     def keep(self, weight: torch.Tensor, values: torch.Tensor | None) -> None:
-        """Takes the weight's values on the pattern; None says that the pattern does not hold all nonzeros."""
+        """Stores the weight's values on the pattern; None: the pattern does not hold all nonzeros."""
         self._kept = values, self.pattern, weight._version, weight.data_ptr()
 
     def _still(self, weight: torch.Tensor) -> bool:
-        """Whether what was kept is of the present weight and pattern."""
+        """Whether the stored values belong to the present weight and pattern."""
         if self._kept is None:
             return False
         _, pattern, version, place = self._kept
@@ -185,7 +185,7 @@ class SparseLayer(nn.Module):
 
     @classmethod
     def options(cls, module: nn.Module) -> dict[str, Any]:
-        """What torch's class is called with to make a layer like ``module``."""
+        """The constructor arguments of torch's class for a layer like ``module``."""
         raise NotImplementedError
 
     @classmethod
@@ -216,7 +216,7 @@ class SparseLayer(nn.Module):
 
     @classmethod
     def over(cls, m: nn.Module, pattern: SparsePattern) -> SparseLayer:
-        """As :meth:`from_dense`, over a known pattern."""
+        """As :meth:`from_dense`, for a pattern that is known already."""
         layer = cls(**cls.options(m), device="meta")
         layer.bias = m.bias
         layer._parameters["weight"].requires_grad_(m.weight.requires_grad)
@@ -278,7 +278,7 @@ class SparseLayer(nn.Module):
 
 
 def is_channels_last(weight: torch.Tensor) -> bool:
-    """Whether the weight says so by itself: with one input channel or a 1x1 kernel both formats may fit."""
+    """Whether the strides say channels_last; with one input channel or a 1x1 kernel they may fit both formats."""
     if weight.dim() != 4 or not weight.is_contiguous(memory_format=torch.channels_last):
         return False
     return not weight.is_contiguous() or (weight.shape[1] == 1 and weight.stride(1) == 1 < weight[0, 0].numel())

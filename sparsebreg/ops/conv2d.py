@@ -68,7 +68,7 @@ class Conv2d(NamedTuple):
             raise ValueError(expected("x", f"an image that the kernel {kernel} fits into", tuple(x.shape)))
 
     def layout(self, x) -> Layout:
-        """That of y, for a ``dense`` x."""
+        """The layout of y for a ``dense`` x."""
         if self.backend.lanes and (isinstance(x, LaneTensor) or (self.lanes and len(x) >= LANES)):
             return Layout.LANES
         return Layout.CHANNELS_LAST if self.channels_last or not x.is_contiguous() else Layout.PLAIN

@@ -88,12 +88,12 @@ def observed(*tensors: torch.Tensor | None) -> bool:
 
 
 def traced() -> bool:
-    """Whether a gradient has to be an operation of its own: to be differentiated or transformed again."""
+    """Whether gradients must be differentiable operations themselves (create_graph, torch.func)."""
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def under_autocast(x: Any, dtype: torch.dtype) -> Any:
-    """x as ``torch.autocast`` hands it to an operation of this dtype: cast, where autocast is on and x has another."""
+    """Casts x to ``dtype`` if autocast is on, as torch does for its own operations."""
     if isinstance(x, torch.Tensor) and x.dtype is not dtype and x.is_floating_point() and is_autocast_enabled("cpu"):
         return x.to(dtype)
     return x

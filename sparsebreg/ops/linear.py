@@ -77,7 +77,7 @@ _apply = super(torch.autograd.Function, Product).apply
 
 
 def _usual(x: Any, pattern: SparsePattern, values: Any, bias: Any) -> bool:
-    """Whether arguments are right, ordinary tensors all, and nobody looks on: then one call is enough to know."""
+    """Whether all arguments are valid ordinary tensors and no mode or transform is active, the usual case."""
     if not extension.TENSORS or len(pattern.shape) != 2 or torch._C._len_torch_dispatch_stack():
         return False
     if torch._C._are_functorch_transforms_active():

@@ -32,7 +32,7 @@ class Kind(Protocol):
     backend: Any
 
     def options(self) -> tuple[Any, ...]:
-        """As the operators take them, behind all other arguments."""
+        """The operators' last arguments."""
 
     def output_size(self, x_shape: tuple[int, ...]) -> tuple[int, ...]: ...
 
@@ -40,7 +40,7 @@ class Kind(Protocol):
         """x in a memory format that the backends read."""
 
     def formatted(self, t: torch.Tensor, like: torch.Tensor, result: bool = False) -> torch.Tensor:
-        """t as an operator returns it: in the format that a result, or a gradient, has for an input ``like``."""
+        """t in the memory format that an operator's result (or grad_x) has for an input ``like``."""
 
     def check(self, x: Any, values: Any, bias: Any, weight: Any) -> None:
         """Raises TypeError or ValueError, naming the argument."""
@@ -55,11 +55,11 @@ class Kind(Protocol):
     def weight_grad(
         self, grad_y: torch.Tensor, x: torch.Tensor, needs: tuple[bool, bool]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Gradients of the dense weight and, where it falls off on the way, of the bias; ``needs``: see ``Backend``."""
+        """Gradients of the dense weight and, where the kernel has it, of the bias; ``needs``: see ``Backend``."""
 
 
 class Product(Operation):
-    """``kind`` of x and values.
+    """The product that ``kind`` describes, of x and values.
 
     ``weight``, where it is given, is the dense weight that ``values`` were gathered from: it gets a full gradient, and
     the values none. ``seen``: whether PyTorch has to see the operator (``library.observed``).

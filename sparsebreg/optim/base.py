@@ -80,20 +80,20 @@ class BregmanOptimizer(torch.optim.Optimizer):
         return False
 
     def _gather(self, p: torch.Tensor) -> tuple[Any, Any] | None:
-        """Where the native step gathers the weights that it moves, as the extension takes it: index and values."""
+        """The index and the array into which a native step gathers the active weights, or None."""
         pattern = getattr(self.fine_layers.get(p), "pattern", None)
         if pattern is None or not p.is_contiguous():
             return None
         return pattern.native_index(), memory.empty_array((pattern.nnz,), p.dtype)
 
     def _moved(self, p: torch.Tensor, gather: tuple[Any, Any] | None, inside: bool) -> None:
-        """After a native step, which gathered to ``gather`` if all nonzero weights are ``inside`` of its pattern."""
+        """Hands the weights that a native step gathered to the layer, if no nonzero is outside of its pattern."""
         torch.autograd.graph.increment_version(p)  # written behind autograd's back
         if gather is not None:
             self.fine_layers[p].keep(p, torch.from_numpy(gather[1]) if inside else None)
 
     def _start(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Makes the state that is missing: v⁰ = θ⁰/δ + ∂J(θ⁰)."""
+        """Creates missing state: v⁰ = θ⁰/δ + ∂J(θ⁰)."""
         if "dual" not in state:
             state["dual"] = zeros_like(p)
             torch.add(p.detach() / group["delta"], self._reg(p, group).subgradient(p.detach()), out=state["dual"])
@@ -147,7 +147,7 @@ class BregmanOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As of ``torch.optim.Optimizer``; its label for profilers, most of the time, only where one runs."""
+        """As ``torch.optim.Optimizer.zero_grad``, with its profiler label only while a profiler runs."""
         if not set_to_none or profiler._is_profiler_enabled:
             super().zero_grad(set_to_none)
             return
@@ -245,7 +245,7 @@ def flush(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def shared(p: torch.Tensor, tensors: Iterable[torch.Tensor | None]) -> list[Any] | None:
-    """These tensors of the parameter's shape as the extension takes them, element by element in one order.
+    """Converts tensors of one shape for an element-wise native step: all in the same order in memory.
 
     None stays None; None for all where native code cannot go through them so. A gradient may be pending.
     """

@@ -108,7 +108,7 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
 
 @labelled("thaw")
 def thaw(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, keep_grads: bool = True) -> None:
-    """densify_ without its checks."""
+    """Thaws all sparse layers; :func:`densify_` without its checks."""
     for layer in dict.fromkeys(sparse_layers(model).values()):
         values, pattern = layer.values, layer.pattern
         weight = layer.thaw(keep_grads)

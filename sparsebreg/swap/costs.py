@@ -68,7 +68,7 @@ LARGE = 1 << 14
 
 
 class Load(NamedTuple):
-    """What a layer does at a position, and at how many.
+    """The work of a layer: weights and numbers moved per position, and the number of positions.
 
     ``scale`` is its dtype's size beside float32. ``positions`` is None where the input's shape is not known; sparse
     kernels compute ``padded`` ones, whole blocks of 16 samples.
@@ -83,7 +83,7 @@ class Load(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module, x_shape: Sequence[int] | None = None) -> Load | None:
-        """None for layers that the model does not cover: grouped convolutions, other kinds of layers."""
+        """The load of a layer; None for kinds that the cost model does not cover (grouped convolutions, others)."""
         weight = module.weight
         scale = weight.dtype.itemsize / 4
         if isinstance(module, nn.Linear):
@@ -123,7 +123,7 @@ class Load(NamedTuple):
 
 
 def _step(layer: nn.Module, x: torch.Tensor, how: str) -> Callable[[], None]:
-    """A forward and backward pass of the layer, which is this function's to change."""
+    """A closure that runs a forward and backward pass; it may change ``layer``."""
     if how == "lanes":
         layer.state.lanes, x = True, lanes.from_plain(x)
     elif how == "channels_last":
@@ -285,7 +285,7 @@ def cpu_name() -> str:
 
 
 def _key() -> dict[str, Any]:
-    """What constants hold for."""
+    """The conditions under which calibrated constants are valid."""
     backend = backends.current()
     return {
         "version": __version__,

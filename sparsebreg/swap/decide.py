@@ -66,14 +66,14 @@ class SparsifyConfig:
 
 
 class Input(NamedTuple):
-    """What a layer gets."""
+    """The input of a layer."""
 
     shape: tuple[int, ...]
     channels_last: bool
 
 
 def learn_inputs(model: nn.Module, example_input: torch.Tensor | tuple[Any, ...]) -> dict[str, Input]:
-    """What linear and convolution layers get, by name, from one forward pass in evaluation mode.
+    """Shapes and formats of the layers' inputs by name, from one forward pass in evaluation mode.
 
     Of several calls of a layer the largest counts.
 
@@ -124,7 +124,7 @@ class Decider:
         self._lanes = self._channels_last = False
 
     def look(self, model: nn.Module) -> None:
-        """Learns about the dense model what decisions depend on, once. Raises SwapError as :func:`learn_inputs`."""
+        """Collects once what decisions depend on from the dense model. Raises SwapError as :func:`learn_inputs`."""
         if self.inputs is not None:
             return
         example = self.config.example_input
@@ -144,7 +144,7 @@ class Decider:
         return shape, "lanes" if lanes else "sparse", "channels_last" if last else "dense"
 
     def least_sparsity(self, name: str, module: nn.Module) -> float:
-        """From which sparsity on the layer is computed over its active weights, as far as is known by now."""
+        """The sparsity from which on the layer is computed sparsely, by present knowledge."""
         if self.config.decide == "always":
             return 0.0
         if self.config.decide == "measure":  # above 1: not yet measured as faster

@@ -39,7 +39,7 @@ class LayerReport:
 
     @property
     def empty(self) -> str:
-        """What vanished as a whole; an empty string where nothing did."""
+        """Rows and channels without an active weight, as text."""
         pairs = (("rows", self.empty_rows, self.shape[:1]), ("channels", self.empty_channels, self.shape[1:2]))
         return ", ".join(f"{n} of {of[0]} {what}" for what, n, of in pairs if n)
 
@@ -87,7 +87,7 @@ class SwapReport:
         return dict(self._unpacked)
 
     def counts_for(self, state: Frozen) -> None:
-        """Has a layer's lane tensors count here."""
+        """Makes the lane tensors of a layer count their unpackings in this report."""
         state.lanes, state.unpacked = True, self._unpacked
 
     @property
@@ -121,7 +121,7 @@ class SwapReport:
 
 
 def report_of(model: nn.Module, patterns: Mapping[str, SparsePattern], masks: Mapping[str, torch.Tensor]) -> SwapReport:
-    """What a checkpoint brings: patterns of sparse layers and masks of parameters that stay dense, by name."""
+    """The report of a frozen state from a checkpoint: patterns of sparse layers and masks of the others, by name."""
     layers = []
     for name, module in dense_layers(model):
         if name in patterns or f"{name}.weight" in masks:

@@ -56,7 +56,7 @@ def _follows(value: Any, shape: tuple[int, ...]) -> bool:
 def carry_state(
     optimizer: torch.optim.Optimizer, weight: nn.Parameter, values: nn.Parameter, pattern: SparsePattern
 ) -> None:
-    """From the weight to its values on the pattern."""
+    """Moves the state of a weight to its values on the pattern."""
     state = _replace_parameter(optimizer, weight, values)
     if isinstance(optimizer, BregmanOptimizer):
         optimizer.patterns[values] = pattern
@@ -79,7 +79,7 @@ def forgotten_keys(optimizer: torch.optim.Optimizer | None, p: nn.Parameter) -> 
 def return_state(
     optimizer: torch.optim.Optimizer, values: nn.Parameter, weight: nn.Parameter, pattern: SparsePattern
 ) -> None:
-    """From the values back to the weight."""
+    """Moves the state of the values back to the weight."""
     state = _replace_parameter(optimizer, values, weight)
     if isinstance(optimizer, BregmanOptimizer):
         optimizer.patterns.pop(values, None)

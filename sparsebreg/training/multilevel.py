@@ -194,7 +194,7 @@ class Multilevel:
         return [(n, p) for n, p in self.model.named_parameters() if id(p) in held]
 
     def _hold(self) -> None:
-        """What is outside of the present level stands still."""
+        """Masks the optimizer so that only the weights of the present level move."""
         masks = self._inner[-1] if self._inner else self._masks
         for name, p in self._movable():
             if name in masks:
@@ -203,7 +203,7 @@ class Multilevel:
                 self.optimizer.state[p].pop("active", None)
 
     def _begin(self) -> None:
-        """The coarse part of a cycle begins, if it has any."""
+        """Begins the coarse part of a cycle, if it has any."""
         if self.schedule:
             self.coarse_steps = self._steps_of_cycle()
         self.cycles += 1
@@ -255,7 +255,7 @@ class Multilevel:
         self._patterns, self._masks = {}, {}
 
     def _widen(self) -> None:
-        """Gives room to the patterns that layers had to make in the latest step, so that they hold for longer."""
+        """Widens the patterns that the latest step had to renew, so that they hold for more steps."""
         for name in self._able:
             layer = self.model.get_submodule(name)
             if not (isinstance(layer, SparseLayer) and layer.fine and layer.pattern is not None):

@@ -109,7 +109,7 @@ def measure(
 def _parts(
     case: Case, ways: Sequence[Candidate], steps: Sequence[Callable[[], Any]]
 ) -> dict[tuple[str, float | None], dict[str, float]]:
-    """Where the time of a network's coarse and fine steps goes; a fine one is what a pair has more."""
+    """Profiled parts of a network's coarse and fine steps; a fine step is a pair minus a coarse step."""
     if case.suite != "network":
         return {}
     profiled = {

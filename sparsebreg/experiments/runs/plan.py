@@ -18,7 +18,7 @@ Key = tuple[str, str, str, int]
 
 
 def run_name(key: Key) -> str:
-    """As messages call a run."""
+    """The name of a run in messages."""
     return f"{' '.join(key[:3])} seed {key[3]}"
 
 

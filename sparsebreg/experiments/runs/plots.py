@@ -37,7 +37,7 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def accuracy(row: dict[str, Any]) -> float:
-    """Of a row of history.csv: on the validation split where there is one."""
+    """The accuracy in a row of history.csv: of the validation split if there is one."""
     return float(row["validation_accuracy"] if "validation_accuracy" in row else row["test_accuracy"])
 
 

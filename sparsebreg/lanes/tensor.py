@@ -74,6 +74,17 @@ class LaneTensor(torch.Tensor):
             raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
         return self._cell.expose().view(self.shape)
 
+    @property
+    def data(self) -> torch.Tensor:
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        plain = value.plain if isinstance(value, LaneTensor) else value.detach()
+        torch.Tensor.data.__set__(self, plain)
+        self._cell = Cell(None, len(plain))
+        self._cell.plain, self._cell.exposed = plain, True
+
     def __reduce_ex__(self, proto):
         if self.requires_grad and not self.is_leaf:
             return self.plain.requires_grad_().__reduce_ex__(proto)
@@ -85,6 +96,24 @@ class LaneTensor(torch.Tensor):
         copy = wrap(self.packed.clone(), self._cell.n).requires_grad_(self.requires_grad)
         memo[id(self)] = copy
         return copy
+
+
+def _through_plain(name: str) -> Callable[..., Any]:
+    def call(self: LaneTensor, *args: Any, **kwargs: Any) -> Any:
+        plain = self._cell.expose().view(self.shape).requires_grad_(self.requires_grad)
+        result = getattr(plain, name)(*args, **kwargs)
+        return self if result is plain else result
+
+    return call
+
+
+# A lane tensor has no storage of its own: whoever asks for memory gets that of the plain tensor, which is the data from
+# then on.
+for _name in (
+    "data_ptr", "untyped_storage", "storage", "_typed_storage", "share_memory_", "is_shared", "apply_", "map_",
+    "__dlpack__",
+):  # fmt: skip
+    setattr(LaneTensor, _name, _through_plain(_name))
 
 
 def hand_on(unpacked: Counter[str] | None, result: Any) -> Any:
@@ -164,6 +193,9 @@ _EXPECTED = {
     aten._local_scalar_dense.default, aten.equal.default,
 }  # fmt: skip
 
+#: These give a tensor another storage.
+_REFUSED = {aten.resize_.default, *(getattr(aten.set_, overload) for overload in aten.set_.overloads())}
+
 _ROLES: dict[Any, tuple[set[str | int], set[str | int]]] = {}
 
 
@@ -185,6 +217,9 @@ def _on_plain(func, args, kwargs):
     if func in _LIKE:
         x = args[0]
         return func(torch.empty((), dtype=x.dtype).expand(x.shape), *args[1:], **kwargs)
+    if func in _REFUSED:
+        name = func._schema.name.removeprefix("aten::")
+        raise RuntimeError(expected(name, "a tensor with storage of its own", "a LaneTensor (see lanes.to_plain)"))
     if func not in _EXPECTED and (unpacked := counter_of(args)) is not None:
         unpacked[func._schema.name.removeprefix("aten::")] += 1
     shared, written = _roles(func)

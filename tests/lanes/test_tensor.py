@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from helpers import lane, ordinary
@@ -73,3 +74,33 @@ def test_bad_input():
         lanes.from_plain(torch.zeros(2, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="x: expected two dimensions or more, got 1"):
         lanes.from_plain(torch.zeros(2))
+
+
+def test_memory_is_that_of_the_plain_tensor():
+    """Whoever reads the memory sees the numbers, and who writes to it changes them."""
+    for door in (torch.from_dlpack, np.from_dlpack, np.asarray, lambda t: t.share_memory_()):
+        x, t = lane(20, 3, 4, 4)
+        seen = door(t)
+        assert np.array_equal(np.asarray(seen), x.numpy())
+        seen[...] = 2
+        assert torch.equal(t + 0, torch.full_like(x, 2))
+    x, t = lane(20, 3, 4, 4)
+    assert t.data_ptr() == t.untyped_storage().data_ptr() == t.numpy().ctypes.data
+    assert t.untyped_storage().nbytes() == x.untyped_storage().nbytes()
+    assert not t.is_shared()
+    t.share_memory_()
+    assert t.is_shared()
+    with pytest.raises(BufferError, match="require gradient"):
+        torch.from_dlpack(t.requires_grad_())
+
+
+def test_another_storage_is_taken_or_refused():
+    x, t = lane(20, 3, 4, 4)
+    other = torch.randn(20, 3, 4, 4)
+    t.data = other
+    assert torch.equal(t + 0, other)
+    other.zero_()
+    assert not (t + 0).any()
+    for call in (lambda: t.resize_(3), lambda: t.set_(x), lambda: t.set_(x.untyped_storage())):
+        with pytest.raises(RuntimeError, match=r"expected a tensor with storage of its own, got a LaneTensor \(see"):
+            call()

@@ -66,7 +66,7 @@ def current() -> Backend:
     """The backend that a forward pass started now would run on.
 
     Raises:
-        BackendError: if the one asked for by name cannot load.
+        BackendError: if the one asked for by name cannot load, or the instruction set in ``SPARSEBREG_ISA``.
         ValueError: for an unknown name in ``SPARSEBREG_BACKEND``.
     """
     name, source = _choice()
@@ -75,6 +75,8 @@ def current() -> Backend:
     for name in NAMES:
         if not isinstance(backend := _load(name), BackendError):
             return backend
+        if name == "native" and environment("SPARSEBREG_ISA"):  # asked for by name, too
+            raise backend
     raise BackendError("no backend can be used")  # reference needs only torch: unreachable in a sound installation
 
 

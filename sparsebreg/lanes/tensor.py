@@ -12,7 +12,7 @@ from sparsebreg.core import extension
 from sparsebreg.core.errors import BackendError, check_input, expected
 from sparsebreg.core.extension import native
 from sparsebreg.lanes.cells import Cell
-from sparsebreg.lanes.layout import FLOATS, LANES, blocks, pack
+from sparsebreg.lanes.layout import FLOATS, LANES, blocks, pack, unpack
 
 aten = torch.ops.aten
 
@@ -151,8 +151,12 @@ class _FromPlain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # A real conversion: an ordinary tensor's gradient is one, too.
-        return grad._cell.expose().view(grad.shape) if isinstance(grad, LaneTensor) else grad
+        # A real conversion: an ordinary tensor's gradient is one, too. And memory of its own: x.grad may keep it and be
+        # added to, while a hook still holds the gradient.
+        if not isinstance(grad, LaneTensor):
+            return grad
+        cell = grad._cell
+        return (unpack(cell.get_packed(), cell.n) if cell.plain is None else cell.plain.clone()).view(grad.shape)
 
 
 def from_plain(x: torch.Tensor) -> LaneTensor:

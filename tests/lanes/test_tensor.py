@@ -104,3 +104,15 @@ def test_another_storage_is_taken_or_refused():
     for call in (lambda: t.resize_(3), lambda: t.set_(x), lambda: t.set_(x.untyped_storage())):
         with pytest.raises(RuntimeError, match=r"expected a tensor with storage of its own, got a LaneTensor \(see"):
             call()
+
+
+def test_a_gradient_that_a_hook_has_kept_stays_what_it_was():
+    x = torch.randn(20, 3, 4, 4, requires_grad=True)
+    kept = []
+    for factor in (2, 5):
+        t = lanes.from_plain(x)
+        t.register_hook(kept.append)
+        (t * factor).sum().backward()
+    for grad, factor in zip(kept, (2.0, 5.0), strict=True):
+        assert torch.equal(grad + 0, torch.full_like(x, factor))
+    assert torch.equal(x.grad, torch.full_like(x, 7))

@@ -1,5 +1,7 @@
 """Norms that wait for a ReLU, a residual or a convolution against those that are computed at once."""
 
+import copy
+
 import pytest
 import torch
 from helpers import agree, ordinary
@@ -180,3 +182,59 @@ def test_many_gradients_meet():
         for _ in range(1500):
             total = total + h
         torch.testing.assert_close(ordinary(total), 1501 * ordinary(h))
+
+
+def norms(channels, count):
+    """Batch norms in evaluation mode that are no identities."""
+    made = [nn.BatchNorm2d(channels).double().eval() for _ in range(count)]
+    for norm in made:
+        for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            nn.init.uniform_(t, 0.5, 1.5)
+    return made
+
+
+@torch.no_grad()
+def test_what_waits_for_a_sum_is_not_changed_by_a_relu_in_place():
+    """A later sum still reads the sum before its ReLU."""
+    a, b, c = torch.randn(3, 20, 4, 3, 3, dtype=torch.float64)
+    first, second = norms(4, 2)
+
+    def run(convert):
+        y = first(convert(a)) + convert(b)
+        z = second(convert(c)) + y
+        y.relu_()
+        return ordinary(z), ordinary(y)
+
+    torch.testing.assert_close(run(lanes.from_plain), run(torch.clone))
+
+
+class Both(torch.autograd.Function):
+    """The first tensor; its gradient goes to the second one, too."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        return a.view_as(a)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad
+
+
+def test_sums_of_another_norm_are_not_taken():
+    """What a convolution gathers for the norm before it is of no use to another norm that gets the same gradient."""
+    torch.manual_seed(1)
+    u, w = torch.randn(2, 20, 4, 5, 5, dtype=torch.float64)
+    first, second = nn.BatchNorm2d(4).double(), nn.BatchNorm2d(4).double()
+    conv = nn.Conv2d(4, 3, 3, bias=False).double()
+    twins = copy.deepcopy((first, second, conv))
+    with torch.no_grad():
+        for c in (conv, twins[2]):
+            c.weight[:, ::2] = 0
+    sb.sparsify_(conv, sb.SparsifyConfig(decide="always"))
+    grads = []
+    for (f, s, c), convert in (((first, second, conv), lanes.from_plain), (twins, lambda t: t)):
+        a, b = u.clone().requires_grad_(), w.clone().requires_grad_()
+        x, y = torch.relu(f(convert(a))), torch.relu(s(convert(b)))
+        c(Both.apply(x, y)).square().sum().backward()
+        grads.append([a.grad, b.grad, *(p.grad for m in (f, s) for p in m.parameters())])
+    torch.testing.assert_close(*grads)

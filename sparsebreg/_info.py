@@ -1,7 +1,5 @@
 """What computes here, and why."""
 
-from __future__ import annotations
-
 import os
 import platform
 from dataclasses import asdict, dataclass

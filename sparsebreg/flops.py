@@ -4,8 +4,6 @@
 positions, with as many positions as samples (linear) or output pixels (convolution), whatever the backend.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Models of the experiments. Inputs are images (N, C, H, W)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

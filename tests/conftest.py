@@ -1,7 +1,5 @@
 """Shared fixtures: every backend, every instruction set, both dtypes, one or several threads."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

@@ -1,7 +1,5 @@
 """What tests of several folders share: the ways to compute, and comparisons of results."""
 
-from __future__ import annotations
-
 import random
 
 import torch

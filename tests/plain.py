@@ -1,7 +1,5 @@
 """Regularizers and update rules written down plainly: dense tensors, groups listed one by one, no shared code."""
 
-from __future__ import annotations
-
 import functools
 import math
 

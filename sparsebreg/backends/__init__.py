@@ -5,8 +5,6 @@ the first that loads of native, numba, reference. A backend asked for by name th
 cause; only the automatic choice falls back, and :func:`why` says so.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """C++/OpenMP kernels through the extension ``sparsebreg._C``; memory is shared, not copied."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

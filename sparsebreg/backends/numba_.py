@@ -4,8 +4,6 @@ The sources are laid out so that a nonzero acts on one long contiguous run: samp
 what a run yields between two rows of an image is not read. A linear layer is a convolution over images of one pixel.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 

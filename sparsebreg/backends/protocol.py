@@ -1,7 +1,5 @@
 """The interface of a backend. Its callers in ``ops`` check shapes, dtypes and devices."""
 
-from __future__ import annotations
-
 import functools
 from enum import IntEnum
 from typing import NamedTuple, Protocol

@@ -1,7 +1,5 @@
 """The truth that the other backends are tested against: plain torch on the dense weight."""
 
-from __future__ import annotations
-
 import torch
 from torch.nn import functional as F
 

@@ -3,8 +3,6 @@
 Every message names the argument, what was wanted and what came: ``values: expected shape (1024,), got (1000,)``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real

@@ -1,7 +1,5 @@
 """Loads the native extension, once, and remembers why it could not."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from types import ModuleType

@@ -4,8 +4,6 @@ A block goes back to the pool when the last tensor over it dies, and the next st
 pool belongs to the native extension; without it, NumPy's allocator serves.
 """
 
-from __future__ import annotations
-
 import os
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Labels for ``torch.profiler``: what the package does stands in a profile as ``sparsebreg::<operation>``."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Counting nonzero weights, and choosing the largest ones."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -1,7 +1,5 @@
 """The command line: ``sparsebreg`` and ``python -m sparsebreg``."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

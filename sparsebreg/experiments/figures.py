@@ -1,7 +1,5 @@
 """What all figures share: matplotlib without a window, colours, and how they are written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

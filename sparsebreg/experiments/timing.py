@@ -1,7 +1,5 @@
 """Timing that is fair to all: one process, the same threads, turns."""
 
-from __future__ import annotations
-
 import gc
 import math
 import time

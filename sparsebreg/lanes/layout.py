@@ -1,7 +1,5 @@
 """The lane layout itself: how a batch is packed into blocks of 16 samples, and back."""
 
-from __future__ import annotations
-
 import torch
 
 from sparsebreg.core import memory

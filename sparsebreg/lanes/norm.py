@@ -1,7 +1,5 @@
 """Batch norm, and the ReLU and the sum that may follow it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

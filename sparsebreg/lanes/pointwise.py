@@ -1,7 +1,5 @@
 """Element-wise operations: on the packed storage, by torch's own kernels."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

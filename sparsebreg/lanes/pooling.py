@@ -1,7 +1,5 @@
 """Pooling and resampling: operations on each image plane by itself."""
 
-from __future__ import annotations
-
 import torch
 
 from sparsebreg.core import memory

@@ -1,7 +1,5 @@
 """Views, copies, reductions and concatenation."""
 
-from __future__ import annotations
-
 import torch
 
 from sparsebreg.core import memory

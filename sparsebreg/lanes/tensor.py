@@ -1,7 +1,5 @@
 """The tensor that carries the lane layout through a model, and what happens to operations that do not know it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The 2-D convolution."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The 2-D convolution over a pattern."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The operators' library: how an operation is registered with PyTorch, and when PyTorch has to see it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

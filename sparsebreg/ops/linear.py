@@ -1,7 +1,5 @@
 """The linear layer over a pattern, y = x Wᵀ + b."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

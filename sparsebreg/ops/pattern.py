@@ -1,7 +1,5 @@
 """The two crossings between dense and sparse, as differentiable operators: each is the other's gradient."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

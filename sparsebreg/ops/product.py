@@ -8,8 +8,6 @@ looks on, they go through operators: ``sparsebreg::linear``, ``linear_backward``
 of ``conv2d``. Both ways end in the methods of the kind.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """Adaptive linearized Bregman iterations: the dual variable moves by Adam's step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

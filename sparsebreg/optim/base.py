@@ -1,7 +1,5 @@
 """What the Bregman optimizers share: options, the dual variable, frozen weights, checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which weights of a model are regularised, and parameter groups for them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Sparse starting points, and how a density is distributed over layers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 

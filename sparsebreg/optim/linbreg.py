@@ -1,7 +1,5 @@
 """Linearized Bregman iterations."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

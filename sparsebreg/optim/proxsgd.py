@@ -1,7 +1,5 @@
 """Proximal stochastic gradient descent."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

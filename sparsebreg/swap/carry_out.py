@@ -1,7 +1,5 @@
 """Freezing and thawing: dense layers become sparse ones over their active weights, in place, and back."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 

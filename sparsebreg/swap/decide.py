@@ -1,7 +1,5 @@
 """Whether a layer becomes sparse: by a rule, by what it is predicted to cost, or by a measurement."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field

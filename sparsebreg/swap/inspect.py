@@ -1,7 +1,5 @@
 """What of a model is sparse: its frozen layers, and the active weights of all layers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """What a freeze will do, decided before anything is changed."""
 
-from __future__ import annotations
-
 import gc
 from collections import Counter
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What a swap did, layer by layer."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ What it keeps per weight is gathered at the active places; the rest is set aside
 back unchanged at the thaw (momentum only where the optimizer keeps it).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

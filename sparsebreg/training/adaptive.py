@@ -1,7 +1,5 @@
 """Adaptive λ: a controller that moves the strength of the regularizer until the model has the sparsity asked for."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Mapping

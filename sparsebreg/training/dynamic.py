@@ -4,8 +4,6 @@ The methods keep a mask per layer and any torch optimizer. Weights outside of th
 optimizer keeps of them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

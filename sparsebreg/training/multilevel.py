@@ -3,8 +3,6 @@
 The only place that changes a pattern during training. Source: Lunk, Scott, Bungert, arXiv 2602.03535, Algorithm 1.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ A schedule of its ``coarse_steps`` is called with the number of the cycle, from 
 returns its coarse steps.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """A benchmark against the results of an older one."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Where the time of a training step goes, by the labels that the package and torch leave in a profile."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

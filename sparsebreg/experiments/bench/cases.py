@@ -1,7 +1,5 @@
 """What the benchmark times: parts of layers' training steps and networks' whole ones; dense, sparse, other packages."""
 
-from __future__ import annotations
-
 import copy
 import importlib.metadata
 import math

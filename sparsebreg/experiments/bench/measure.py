@@ -1,7 +1,5 @@
 """Measurements: every way to do what a case says, in turns, and what follows from their times."""
 
-from __future__ import annotations
-
 import math
 import os
 import warnings

@@ -1,7 +1,5 @@
 """What to measure: the options of a benchmark, and the cases that they mean."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ What travels between machines is the ratio to the dense baseline, which is measu
 threads, in turns: the better of torch's memory formats.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Shapes of real layers, as data: what the benchmark measures."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import nn

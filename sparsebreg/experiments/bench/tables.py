@@ -1,7 +1,5 @@
 """Measurements as tables of text."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from tabulate import tabulate

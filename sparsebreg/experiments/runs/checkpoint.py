@@ -1,7 +1,5 @@
 """Checkpoints of a run: written whole or not at all, and refused by any other run."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import zipfile

@@ -1,7 +1,5 @@
 """Several methods on the same tasks: separate processes that can be stopped and gone on with, one table, one report."""
 
-from __future__ import annotations
-
 import csv
 import importlib
 import json

@@ -1,7 +1,5 @@
 """Training methods by name: how to build each, and its default options."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """What a comparison consists of: its runs by data, model, method and seed, and the options that they share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Figures of runs: a PNG beside the results, SVG for the report."""
 
-from __future__ import annotations
-
 import html
 import io
 import textwrap

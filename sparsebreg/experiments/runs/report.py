@@ -1,7 +1,5 @@
 """One page about all runs in a folder: report.html, which needs no network, report.md and report.csv."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """The state of a training run, and its steps."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import sys

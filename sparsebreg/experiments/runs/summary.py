@@ -1,7 +1,5 @@
 """Runs that differ by their seed alone as a row of a table: mean and standard deviation."""
 
-from __future__ import annotations
-
 import statistics
 from typing import Any
 

@@ -6,6 +6,10 @@ import subprocess
 import sys
 import time
 
+from sparsebreg.experiments import cli
+from sparsebreg.experiments.runs import compare
+from sparsebreg.experiments.runs.train import train
+
 #: In result.json, and different in every run.
 TIMES = ("seconds", "peak", "command", "config")
 
@@ -24,3 +28,14 @@ def wait_for(path, seconds=120):
             return
         time.sleep(0.01)
     raise AssertionError(f"{path} did not come")
+
+
+def inline(config, restart, progress):
+    """A run in this process: no time to start one."""
+    return train(config, None, restart)
+
+
+def compare_inline(*words):
+    """A comparison, and its runs, in this process. Here because a forked process can import this module by its name."""
+    compare._run = inline
+    sys.exit(cli.main(["compare", *map(str, words)]))

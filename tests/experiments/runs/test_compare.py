@@ -12,24 +12,18 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from runs import TIMES, sparsebreg, wait_for
+from runs import TIMES, compare_inline, inline, sparsebreg, wait_for
 
 from sparsebreg.core.errors import RunError
 from sparsebreg.experiments import cli
 from sparsebreg.experiments.runs import compare, progress, report
 from sparsebreg.experiments.runs.config import Config, read_toml
-from sparsebreg.experiments.runs.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def main(*words):
     return cli.main(["compare", *map(str, words)])
-
-
-def inline(config, restart, progress):
-    """A run in this process: no time to start one."""
-    return train(config, None, restart)
 
 
 @pytest.mark.parametrize("name", compare.PACKAGES)
@@ -218,11 +212,6 @@ def processes():
         ]
     )
     return made
-
-
-def compare_inline(*words):
-    compare._run = inline
-    sys.exit(main(*words))
 
 
 def test_killed_three_times(tmp_path, processes, monkeypatch):

@@ -17,7 +17,7 @@ void register_optim(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   using namespace sparsebreg;
-  m.doc() = "Native kernels of sparsebreg. Not a public interface: see sparsebreg.functional.";
+  m.doc() = "Native kernels of sparsebreg. Not a public interface: see sparsebreg.ops.";
   m.attr("LANES") = LANES;
   m.def("accept_tensors", &accept_tensors);
   m.def("environment", [](const char* name) { return static_cast<const char*>(std::getenv(name)); });

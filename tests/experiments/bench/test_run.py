@@ -4,13 +4,13 @@ import copy
 import gc
 import json
 import math
-import random
 import re
 import time
 
 import numpy as np
 import pytest
 import torch
+from helpers import Clock
 
 import sparsebreg as sb
 from sparsebreg import backends
@@ -61,21 +61,6 @@ def tiny(monkeypatch):
     monkeypatch.setattr(timing, "TURN", 0)
     roofs = timing.roofs
     monkeypatch.setattr(timing, "roofs", lambda: roofs(1e-3))
-
-
-class Clock:
-    """Time that only this test moves."""
-
-    def __init__(self, seed=0):
-        self.now, self.slow, self.random = 0.0, 1.0, random.Random(seed)
-
-    def __call__(self):
-        self.now += 1e-9
-        return self.now
-
-    def spend(self, seconds):
-        """With noise of up to 5 %."""
-        self.now += seconds * self.random.uniform(0.95, 1.05)
 
 
 @pytest.fixture
